@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces a causal language model into a :class:`Program` on the meta device: no weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from gptq_compile.errors import ModelError
+from gptq_compile.frontend import hooks
+from gptq_compile.passes.program import ModelInfo, ParamStore, Program
+
+log = logging.getLogger(__name__)
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "max_sequence_length")
+_TRACE_TOKENS = 7  # any length works: the dimension is dynamic
+
+
+class _CausalLM(nn.Module):
+    """The traced signature: ``(input_ids[1, n], position_ids[1, n], logit_rows[m]) -> logits[1, m, vocab]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        self.extra = {k: False for k in ("use_cache", "output_attentions", "output_hidden_states") if k in accepted}
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor) -> Tensor:
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        logits = self.model(input_ids=input_ids, **positions, **self.extra, return_dict=True).logits
+        return logits.index_select(1, logit_rows)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Creates parameters without memory or initialization but leaves buffers real.
+
+    Buffers such as rotary frequencies are computed by the constructor and stored in no checkpoint, so they must hold
+    their values; parameters come from the checkpoint.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_model(config: Any, attention: str) -> nn.Module:
+    """Instantiates the model of a config in float32, parameters on meta and buffers with their values.
+
+    Raises:
+        ModelError: if transformers has no causal language model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    except ValueError as e:
+        raise ModelError(f"transformers cannot build a causal language model of type {config.model_type!r}: {e}") from e
+    return model.eval().requires_grad_(False)
+
+
+def context_length(config: Any) -> int:
+    """Most positions a model takes, from whichever key its config uses."""
+    text = config.get_text_config()
+    for key in _CONTEXT_KEYS:
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def trace(config: Any, params: ParamStore, *, name: str = "", source: str = "") -> Program:
+    """Traces the model of a transformers config.
+
+    Args:
+        config: a ``PretrainedConfig``.
+        params: the checkpoint's tensors under the model's parameter names; traced constants are added to it.
+        name: short name of the model. ``source``: where it came from.
+
+    Returns:
+        A program with inputs ``input_ids [1, n]``, ``position_ids [1, n]``, ``logit_rows [m]`` (int64), which returns
+        the logits ``[1, m, vocab]`` of the rows asked for.
+
+    Raises:
+        ModelError: if the model cannot be traced, naming the op, the module and the way out.
+    """
+    with hooks.installed():
+        try:
+            model = build_model(config, hooks.IMPLEMENTATION)
+            exported, buffers = _export(model)
+            if not any(n.target is torch.ops.gptq_compile.attention.default for n in exported.graph.nodes):
+                raise ModelError("the model does not use transformers' attention interface")
+        except Exception as first:
+            log.info(
+                "Tracing %s through the attention interface failed (%s); retrying eagerly.", config.model_type, first
+            )
+            try:
+                model = build_model(config, "eager")
+                exported, buffers = _export(model)
+            except Exception as second:
+                raise _untraceable(config, first, second) from second
+    return _to_program(exported, model, buffers, params, config, name, source)
+
+
+def _untraceable(config: Any, first: Exception, second: Exception) -> ModelError:
+    def words(e: Exception) -> str:
+        lines = [line for line in str(e).strip().splitlines() if line.strip()]
+        return lines[0][:300] if lines else type(e).__name__
+
+    frame, tb = "", second.__traceback__
+    while tb is not None:
+        file = tb.tb_frame.f_code.co_filename
+        if "modeling_" in file:
+            frame = f" at {file.rsplit('/', 1)[-1]}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name}"
+        tb = tb.tb_next
+    return ModelError(
+        f"The {config.model_type} model cannot be traced{frame}: {words(second)}. (Through the attention interface: "
+        f"{words(first)}.) A model must be a causal decoder whose control flow does not depend on token values; "
+        "see the list of supported features in the README."
+    )
+
+
+def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, dict[str, Tensor]]:
+    """Exports on meta; returns the program and the real values of the buffers."""
+    buffers = {k: v.detach().clone() for k, v in model.named_buffers() if v.device.type != "meta"}
+    model = model.to("meta")
+    n = torch.export.Dim("n", min=2, max=1 << 20)
+    m = torch.export.Dim("m", min=2, max=1 << 20)
+    ids = torch.zeros((1, _TRACE_TOKENS), dtype=torch.long, device="meta")
+    rows = torch.zeros(_TRACE_TOKENS - 2, dtype=torch.long, device="meta")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(
+            _CausalLM(model), (ids, ids.clone(), rows), dynamic_shapes=({1: n}, {1: n}, {0: m}), strict=False
+        )
+        return exported.run_decompositions({}), buffers
+
+
+def _to_program(
+    exported: torch.export.ExportedProgram,
+    model: nn.Module,
+    buffers: dict[str, Tensor],
+    params: ParamStore,
+    config: Any,
+    name: str,
+    source: str,
+) -> Program:
+    params = params.copy()
+    first_name: dict[int, str] = {}
+    for pname, param in model.named_parameters(remove_duplicate=False):
+        canonical = first_name.setdefault(id(param), pname)
+        if canonical != pname and canonical in params:
+            params.tie(pname, canonical)
+        elif canonical != pname and pname in params:
+            params.tie(canonical, pname)
+    signature = exported.graph_signature
+    nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    for spec in signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            continue
+        target = str(spec.target).removeprefix("model.")
+        if spec.kind == InputKind.BUFFER and target in buffers and target not in params:
+            params.set(target, buffers[target])
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            target = f"constants.{target}"
+            params.set(target, exported.constants[spec.target])  # type: ignore[index]
+        if node.users and target not in params:
+            raise ModelError(
+                f"The checkpoint has no tensor for {target!r}, which the {config.model_type} model uses. "
+                "Check that all shards are present and that the config belongs to these weights."
+            )
+        if node.users and params.shape(target) != tuple(node.meta["val"].shape):
+            raise ModelError(
+                f"Tensor {target!r} has shape {list(params.shape(target))} in the checkpoint, but the config of the "
+                f"{config.model_type} model asks for {list(node.meta['val'].shape)}."
+            )
+        node.meta["param"] = target
+    for out in signature.output_specs:
+        if out.kind != OutputKind.USER_OUTPUT:
+            raise ModelError(f"The {config.model_type} model changes its buffer {out.target!r} while it runs.")
+    info = ModelInfo(
+        name=name or config.model_type,
+        source=source,
+        model_type=config.model_type,
+        vocab_size=int(exported.graph.find_nodes(op="output")[0].args[0][0].meta["val"].shape[-1]),
+        context_length=context_length(config),
+        config=config.to_dict(),
+    )
+    program = Program(exported.graph_module, params, info)
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and not node.users and "param" in node.meta:
+            program.graph.erase_node(node)
+    return program
