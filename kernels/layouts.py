@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weight layouts of ``quant_linear``: which tensors a kernel takes, and exact pack and unpack.
+
+Every kernel of a target accepts the one layout that `layout_for` names. The tensors, in the order the kernels take
+them after ``x``, are ``qweight`` (u32 words, see `words`), ``scales`` (float16) and, for cases with zero points,
+``zeros`` (u8). W[n, k] = scales[n, k // g] * (code[n, k] - zeros[n, k // g]); without zeros the zero point is
+2**(bits - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from gptq_compile.kernels.registry import Case
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.words import Grouping, decode_rows, encode_rows
+
+from gptq_compile.errors import ConfigError
+
+LANES = 16
+CUDA_ROW_WORDS = 4
+"""Words a CUDA thread loads at once (16 bytes); rows are padded to a multiple."""
+
+
+def grouping_of(case: Case) -> Grouping:
+    """Returns how the rows of a ``quant_linear`` case are cut into groups and words."""
+    return Grouping.of(case["bits"], case["in_features"], case["group_size"])
+
+
+def _checked(case: Case, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+    """Checks shapes and values; returns the scales as float16."""
+    grouping = grouping_of(case)
+    shape = (case["out_features"], case["in_features"])
+    grid = (case["out_features"], grouping.groups)
+    if codes.dtype != np.uint8 or codes.shape != shape:
+        raise ConfigError(f"Codes must be uint8 {shape}, but are {codes.dtype} {codes.shape}.")
+    if codes.size and int(codes.max()) >> grouping.bits:
+        raise ConfigError(f"Codes of {grouping.bits} bits must be below {1 << grouping.bits}, got {codes.max()}.")
+    if scales.shape != grid:
+        raise ConfigError(f"Scales must have shape {grid} (rows, groups), but have {scales.shape}.")
+    if (zeros is not None) != bool(case["has_zeros"]):
+        raise ConfigError(f"Zero points were {'' if zeros is not None else 'not '}given, but has_zeros says otherwise.")
+    if zeros is not None and (zeros.dtype != np.uint8 or zeros.shape != grid):
+        raise ConfigError(f"Zero points must be uint8 {grid}, but are {zeros.dtype} {zeros.shape}.")
+    half = scales.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), scales.astype(np.float32)):
+        raise ConfigError("Scales must be finite and exactly representable in float16; round them before quantizing.")
+    return half
+
+
+def _pad_rows(array: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(array, [(0, -array.shape[0] % multiple)] + [(0, 0)] * (array.ndim - 1))
+
+
+@dataclass(frozen=True)
+class LaneInterleaved:
+    """CPU layout: tiles of 16 output rows, so that the SIMD dimension is output rows.
+
+    ``qweight`` u32 [ceil(N/16), row_words, 16], ``scales`` float16 and ``zeros`` u8 [ceil(N/16), groups, 16].
+    Rows beyond N have code, scale and zero point 0.
+    """
+
+    name: str = "lane_interleaved"
+
+    def tensors(self, case: Case) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns shape and dtype of every packed tensor, in the kernels' argument order."""
+        grouping = grouping_of(case)
+        tiles = -(-case["out_features"] // LANES)
+        result: dict[str, tuple[tuple[int, ...], str]] = {
+            "qweight": ((tiles, grouping.row_words, LANES), "uint32"),
+            "scales": ((tiles, grouping.groups, LANES), "float16"),
+        }
+        if case["has_zeros"]:
+            result["zeros"] = ((tiles, grouping.groups, LANES), "uint8")
+        return result
+
+    def pack(
+        self, case: Case, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Packs codes u8 [N, K], scales [N, G] (exact in float16) and zeros u8 [N, G] or None.
+
+        Raises:
+            ConfigError: if a shape, dtype or value does not fit the case.
+        """
+        half = _checked(case, codes, scales, zeros)
+        rows = {"qweight": encode_rows(grouping_of(case), codes), "scales": half}
+        if zeros is not None:
+            rows["zeros"] = zeros
+        return {name: self._interleave(array) for name, array in rows.items()}
+
+    def unpack(self, case: Case, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the codes u8 [N, K] that `pack` was given."""
+        return decode_rows(grouping_of(case), self._rows(case, tensors["qweight"]))
+
+    def unpack_grid(self, case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns scales f32 [N, G] and zeros u8 [N, G] or None, as `pack` was given them."""
+        zeros = self._rows(case, tensors["zeros"]) if case["has_zeros"] else None
+        return self._rows(case, tensors["scales"]).astype(np.float32), zeros
+
+    @staticmethod
+    def _interleave(rows: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(_pad_rows(rows, LANES).reshape(-1, LANES, rows.shape[1]).transpose(0, 2, 1))
+
+    @staticmethod
+    def _rows(case: Case, tiles: np.ndarray) -> np.ndarray:
+        rows = tiles.transpose(0, 2, 1).reshape(-1, tiles.shape[1])
+        return np.ascontiguousarray(rows[: case["out_features"]])
+
+
+@dataclass(frozen=True)
+class RowWords:
+    """CUDA layout: the words of a row are contiguous and rows start on 16 bytes.
+
+    ``qweight`` u32 [N, row_words rounded up to 4], ``scales`` float16 and ``zeros`` u8 [N, groups].
+    """
+
+    name: str = "row_words"
+
+    def tensors(self, case: Case) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns shape and dtype of every packed tensor, in the kernels' argument order."""
+        grouping = grouping_of(case)
+        rows = case["out_features"]
+        words = -(-grouping.row_words // CUDA_ROW_WORDS) * CUDA_ROW_WORDS
+        result: dict[str, tuple[tuple[int, ...], str]] = {
+            "qweight": ((rows, words), "uint32"),
+            "scales": ((rows, grouping.groups), "float16"),
+        }
+        if case["has_zeros"]:
+            result["zeros"] = ((rows, grouping.groups), "uint8")
+        return result
+
+    def pack(
+        self, case: Case, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Packs codes u8 [N, K], scales [N, G] (exact in float16) and zeros u8 [N, G] or None.
+
+        Raises:
+            ConfigError: if a shape, dtype or value does not fit the case.
+        """
+        half = _checked(case, codes, scales, zeros)
+        words = encode_rows(grouping_of(case), codes)
+        result = {"qweight": np.pad(words, [(0, 0), (0, -words.shape[1] % CUDA_ROW_WORDS)]), "scales": half}
+        if zeros is not None:
+            result["zeros"] = np.ascontiguousarray(zeros)
+        return result
+
+    def unpack(self, case: Case, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the codes u8 [N, K] that `pack` was given."""
+        grouping = grouping_of(case)
+        return decode_rows(grouping, tensors["qweight"][:, : grouping.row_words])
+
+    def unpack_grid(self, case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns scales f32 [N, G] and zeros u8 [N, G] or None, as `pack` was given them."""
+        zeros = np.ascontiguousarray(tensors["zeros"]) if case["has_zeros"] else None
+        return tensors["scales"].astype(np.float32), zeros
+
+
+Layout = LaneInterleaved | RowWords
+
+
+def layout_for(case: Case, target: Target) -> Layout:
+    """Returns the packed layout of a ``quant_linear`` case on a target.
+
+    Raises:
+        ConfigError: if the case is not a quant_linear.
+    """
+    if case.op != "quant_linear":
+        raise ConfigError(f"Only quant_linear has a packed layout, not {case.op}.")
+    return LaneInterleaved() if target.kind == "cpu" else RowWords()
