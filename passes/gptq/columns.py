@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner loop of GPTQ: one column after the other within a narrow panel, vectorized over rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def quantize_panel(
+    work: Tensor,
+    upper: Tensor,
+    inverse_pivots: list[float],
+    scales: Tensor,
+    zeros: Tensor,
+    top: int,
+    error: Tensor,
+) -> Tensor:
+    """Quantize P columns, each with the corrections of those before it (paper equations 4 and 5).
+
+    Left-looking: a column gathers its corrections by one matrix-vector product just before it is rounded, so a column
+    costs seven short operations and the panel stays in cache.
+
+    Args:
+        work: f32[P, N] weights, transposed, corrected for all earlier columns; overwritten.
+        upper: f32[P, P] diagonal block of U, U^T U = H^-1.
+        inverse_pivots: 1 / U[i, i].
+        scales: f32[P, N] scale of each weight.
+        zeros: f32[P, N] zero point of each weight.
+        top: Largest code.
+        error: f32[P, N], receives (w - dequantized w) / U[i, i].
+
+    Returns:
+        Codes u8[P, N].
+    """
+    low, high = -zeros, top - zeros
+    steps = torch.empty_like(work)  # code - zero
+    columns, errors, rounded = work.unbind(0), error.unbind(0), steps.unbind(0)
+    gather = upper.t().contiguous()
+    back = error.t()
+    for i, (w, e, q, s, lo, hi) in enumerate(
+        zip(columns, errors, rounded, scales.unbind(0), low.unbind(0), high.unbind(0), strict=True)
+    ):
+        if i:
+            torch.addmv(w, back[:, :i], gather[i, :i], alpha=-1, out=w)
+        torch.div(w, s, out=q)
+        q.round_().clamp_(lo, hi)
+        torch.mul(q, s, out=e)
+        torch.sub(w, e, out=e)
+        e.mul_(inverse_pivots[i])
+    return steps.add_(zeros).to(torch.uint8)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of one quantization run, checked once, before any model is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from gptq_compile.errors import ConfigError
+
+BITS = (2, 3, 4, 8)
+METHODS = ("gptq", "rtn")
+SEQUENTIAL = ("true", "block")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How weights are rounded, and what the rounding is calibrated on.
+
+    The defaults process columns by decreasing activation energy on grids fitted in the natural column order
+    (`act_order` + `static_groups`): better than the natural order on LLaMA-style models, and free at run time.
+
+    Attributes:
+        wbits: Bits of one weight code: 2, 3, 4 or 8.
+        group_size: Input features that share a scale; -1 is one group per output row.
+        sym: Symmetric grid around the fixed zero point 2^(bits-1); otherwise a zero point per group.
+        method: "gptq", or "rtn" (round to nearest, no calibration).
+        act_order: Quantize columns in order of decreasing diag(H).
+        static_groups: Fit all grids on the natural groups before the column loop, so that `act_order` needs no
+            run-time permutation.
+        damp: Added to the Hessian's diagonal, as a fraction of its mean (paper section 3.3: 0.01).
+        block_size: Columns between two lazy updates of the remaining weights (paper section 3.3: 128).
+        mse: Search clipped ranges for the smallest weighted squared error instead of taking min and max.
+        sequential: "true" re-runs the model after each solve point; "block" after each transformer block.
+        nsamples: Calibration sequences.
+        seqlen: Tokens of one calibration sequence.
+        seed: Seed of the calibration sampling.
+        quantize_lm_head: Quantize the output projection too.
+        token_weighting: Name of the scheme that weights calibration tokens in the Hessian; "none" is equal weights.
+    """
+
+    wbits: int = 4
+    group_size: int = 128
+    sym: bool = False
+    method: str = "gptq"
+    act_order: bool = True
+    static_groups: bool = True
+    damp: float = 0.01
+    block_size: int = 128
+    mse: bool = False
+    sequential: str = "true"
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    quantize_lm_head: bool = False
+    token_weighting: str = "none"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.wbits) or self.wbits not in BITS:
+            raise ConfigError(f"wbits is {self.wbits!r}; codes have 2, 3, 4 or 8 bits.")
+        if not _is_int(self.group_size) or (self.group_size < 1 and self.group_size != -1):
+            raise ConfigError(
+                f"group_size is {self.group_size!r}; use a positive number of input features, or -1 for one group per row."
+            )
+        if self.method not in METHODS:
+            raise ConfigError(f"method is {self.method!r}; use one of {', '.join(METHODS)}.")
+        if self.sequential not in SEQUENTIAL:
+            raise ConfigError(f"sequential is {self.sequential!r}; use one of {', '.join(SEQUENTIAL)}.")
+        for name in ("sym", "act_order", "static_groups", "mse", "quantize_lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it is a switch, true or false.")
+        if isinstance(self.damp, bool) or not isinstance(self.damp, int | float):
+            raise ConfigError(f"damp is {self.damp!r}; use a number above 0, for example 0.01.")
+        if not (math.isfinite(self.damp) and self.damp > 0):
+            raise ConfigError(
+                f"damp is {self.damp!r}; the fraction of mean(diag(H)) must be finite and above 0."
+            )
+        for name in ("block_size", "nsamples", "seqlen"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use a whole number of at least 1.")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"seed is {self.seed!r}; use a whole number of at least 0.")
+        if not isinstance(self.token_weighting, str) or not self.token_weighting:
+            raise ConfigError(f'token_weighting is {self.token_weighting!r}; name a scheme, or "none".')
+
+    @property
+    def max_code(self) -> int:
+        """Largest code, 2^bits - 1."""
+        return (1 << self.wbits) - 1
+
+    @property
+    def permutes(self) -> bool:
+        """Whether groups may follow a permuted column order, which a checkpoint stores as g_idx."""
+        return self.method == "gptq" and self.act_order and not self.static_groups and self.group_size != -1
+
+    def group_for(self, in_features: int) -> int:
+        """Columns of a full group in a layer of `in_features` columns (-1 resolved)."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def groups_in(self, in_features: int) -> int:
+        """Number of groups of a layer, counting a short last one."""
+        return -(-in_features // self.group_for(in_features))
+
+    def validate_for_layer(self, in_features: int, name: str = "linear") -> None:
+        """Check the settings against one layer.
+
+        Args:
+            in_features: Columns of the layer's weight.
+            name: Module path, for the message.
+
+        Raises:
+            ConfigError: The group is larger than the layer.
+        """
+        if in_features < 1:
+            raise ConfigError(f"{name} has {in_features} input features; there is nothing to quantize.")
+        if self.group_size > in_features:
+            raise ConfigError(
+                f"{name} has {in_features} input features but group_size is {self.group_size}; "
+                f"use a group of at most {in_features}, or -1 for one group per row."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a manifest; `QuantizeConfig.from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizeConfig:
+        """Build from plain values.
+
+        Raises:
+            ConfigError: A name is unknown or a value is outside its range.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"Unknown quantization settings {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+            )
+        return cls(**values)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Hessian to the triangular factor the column loop reads, whatever state the Hessian is in.
+
+The ladder, first rung that works: float32; float64 at the same damping; damping x10 up to MAX_DAMP; a diagonal
+raised to row dominance, which is positive definite by Gershgorin's theorem; no factor, and the linear is rounded to
+nearest. Every rung but the first leaves a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_DAMP = 1.0  # of mean(diag(H)); beyond it H is mostly the identity
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A prepared Hessian; one serves every linear that reads the same activation.
+
+    Attributes:
+        hessian: f32[K, K] H / scale in natural column order, symmetric as given; None when H is not finite or zero.
+        scale: mean(diag(H)) over the columns that are not dead. GPTQ does not depend on it; dividing by it keeps
+            1e-30 and 1e30 inside float32.
+        upper: f32[K, K] upper U with U^T U = (H + damp)^-1 in processing order, or None (round to nearest).
+        order: i64[K] natural column at each processing position, or None for the natural order.
+        dead: bool[K], natural order: columns whose activation is always zero.
+        damp: Damping used, as a fraction of `scale`.
+        reason: Why this is not the first rung, or None.
+    """
+
+    hessian: Tensor | None
+    scale: float
+    upper: Tensor | None
+    order: Tensor | None
+    dead: Tensor
+    damp: float
+    reason: str | None
+
+
+@torch.no_grad()
+def factorize(hessian: Tensor, damp: float = 0.01, act_order: bool = False) -> Factor:
+    """Prepare a Hessian for the column loop.
+
+    Args:
+        hessian: f32 or f64 [K, K].
+        damp: Fraction of the mean diagonal added to the diagonal (paper section 3.3).
+        act_order: Process columns by decreasing diagonal.
+
+    Returns:
+        The factor; `reason` and `damp` say what was needed.
+    """
+    k = hessian.shape[0]
+    diag = hessian.diagonal().double()
+    none_dead = torch.zeros(k, dtype=torch.bool, device=hessian.device)
+    if not bool(torch.isfinite(hessian).all()):
+        return Factor(None, 1.0, None, None, none_dead, damp, "the Hessian is not finite")
+    dead = diag <= 0
+    if bool(dead.all()):
+        return Factor(None, 1.0, None, None, dead, damp, "the Hessian is zero")
+    scale = float(diag[~dead].mean())
+    # The detour keeps 1 / scale finite; elsewhere it would only cost memory.
+    h = hessian / scale if 1e-35 < scale < 1e35 else (hessian.double() / scale).to(hessian.dtype)
+    has_dead = bool(dead.any())
+    work = h
+    if has_dead:
+        # A dead column must neither receive nor send corrections: identity row and column.
+        work = h.masked_fill(dead.unsqueeze(0) | dead.unsqueeze(1), 0.0)
+        work.diagonal().masked_fill_(dead, 1.0)
+    order = None
+    if act_order:
+        order = torch.argsort(torch.where(dead, -1.0, diag), descending=True, stable=True)
+        work = work[order][:, order]
+    upper, used, reason = _ladder(work, damp)
+    return Factor(h.float(), scale, upper, order if upper is not None else None, dead, used, reason)
+
+
+def _ladder(h: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
+    upper = _inverse_factor(h, damp)
+    if upper is not None:
+        return upper, damp, None
+    h = h.double()
+    upper = _inverse_factor(h, damp)
+    if upper is not None:
+        return upper, damp, "ill-conditioned: factored in float64"
+    grown = damp
+    while grown * 10 <= max(MAX_DAMP, damp) * (1 + 1e-9):
+        grown *= 10
+        upper = _inverse_factor(h, grown)
+        if upper is not None:
+            return upper, grown, f"not positive definite at damping {damp:g}: damping raised to {grown:g}"
+    # Symmetrize: only then does row dominance bound the eigenvalues of what the factorization reads.
+    floored = (h + h.t()) * 0.5
+    radius = floored.abs().sum(1) - floored.diagonal().abs()
+    floored.diagonal().copy_(torch.maximum(floored.diagonal(), radius))
+    upper = _inverse_factor(floored, grown)
+    if upper is not None:
+        return upper, grown, f"not positive definite at damping {grown:g}: diagonal raised to row dominance"
+    return None, grown, "no positive definite Hessian could be made"
+
+
+def _inverse_factor(h: Tensor, damp: float) -> Tensor | None:
+    """Upper U with U^T U = (h + damp I)^-1 as f32, or None where the arithmetic of h's type cannot be trusted.
+
+    With J the reversal of rows or columns and J h J = L L^T, h^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper:
+    one Cholesky and one triangular inverse instead of Cholesky, inverse, Cholesky.
+    """
+    flipped = h.flip(0, 1)
+    flipped.diagonal().add_(damp)
+    diag = flipped.diagonal().clone()
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    pivots = lower.diagonal().square() / diag
+    smallest = float(pivots.min())
+    # A pivot at the rounding level of its diagonal is noise, though the factorization calls it positive.
+    if int(info) != 0 or not math.isfinite(smallest) or smallest < 16 * torch.finfo(h.dtype).eps:
+        return None
+    identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    upper = inverse.flip(0, 1).float()
+    return upper if bool(torch.isfinite(upper).all()) else None

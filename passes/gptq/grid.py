@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization grids: w = scale * (code - zero), one scale (and zero point) per row and group of columns.
+
+Scales are float16 numbers held in float32. The solver works with exactly the numbers a checkpoint stores, so a
+dequantized file equals the solver's weights bit for bit: an 11-bit scale times an 8-bit integer is exact in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_SCALE = 65504.0  # largest finite float16
+# Smallest float16. Subnormal scales are allowed: m * 2^-24 times a code difference below 256 is exact even in
+# float16 arithmetic, while raising the scale to the smallest normal number would round small weights to zero.
+MIN_SCALE = 2.0**-24
+
+SHRINK_STEPS = 100  # the reference quantizer's grid and maxshrink: ranges of 100 %, 99 %, ... 21 %
+SHRINK_TRIES = 80
+UNWEIGHTED_NORM = 2.4
+_CHUNK = 1 << 22  # elements searched at a time, so that the search's temporaries stay small
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grids of one weight.
+
+    Attributes:
+        scales: f32[N, G], each exactly a positive finite float16.
+        zeros: u8[N, G], or None for symmetric grids (zero point 2^(bits-1)).
+        bits: Bits of a code.
+        group_size: Columns of a full group; column k of the grid's order belongs to group k // group_size.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest codes u8[N, K] of a weight [N, K] in the grid's column order."""
+        n, k = weight.shape
+        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+        zeros = zero_points(self.scales, self.zeros, self.bits)
+        for columns, g in _blocks(k, self.group_size):
+            w = weight[:, columns].float().unflatten(1, (g.stop - g.start, -1))
+            scale, zero = self.scales[:, g].unsqueeze(2), zeros[:, g].unsqueeze(2)
+            q = torch.round(w / scale).clamp_(-zero, (1 << self.bits) - 1 - zero).add_(zero)
+            codes[:, columns] = q.flatten(1).to(torch.uint8)
+        return codes
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Weight f32[N, K] of codes u8[N, K] in the grid's column order, exact."""
+        return dequantize(codes, self.scales, self.zeros, None, self.group_size, self.bits)
+
+
+def zero_points(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Zero points as f32, shaped like `scales`."""
+    return torch.full_like(scales, 1 << (bits - 1)) if zeros is None else zeros.to(scales.dtype)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, g_idx: Tensor | None, group_size: int, bits: int
+) -> Tensor:
+    """W[n, k] = scale[n, g] * (code[n, k] - zero[n, g]).
+
+    Args:
+        codes: u8[N, K] in natural column order.
+        scales: f32[N, G], float16 numbers.
+        zeros: u8[N, G], or None for 2^(bits-1).
+        g_idx: i32[K] group of each column, or None for k // group_size.
+        group_size: Columns of a full group, or -1 for one group.
+        bits: Bits of a code.
+
+    Returns:
+        f32[N, K], without rounding.
+    """
+    k = codes.shape[1]
+    zero = zero_points(scales, zeros, bits)
+    weight = codes.to(scales.dtype)
+    if g_idx is not None:
+        g = g_idx.long()
+        return weight.sub_(zero[:, g]).mul_(scales[:, g])
+    for columns, part in _blocks(k, k if group_size == -1 else group_size):
+        w = weight[:, columns].unflatten(1, (part.stop - part.start, -1))
+        w.sub_(zero[:, part].unsqueeze(2)).mul_(scales[:, part].unsqueeze(2))
+    return weight
+
+
+def to_fp16_up(scale: Tensor) -> Tensor:
+    """Smallest float16 not below `scale` (f32, >= 0), within [MIN_SCALE, MAX_SCALE], as f32.
+
+    Rounding up keeps a min-max range covered: no weight is then farther than half a step from the grid.
+    """
+    half = scale.clamp(MIN_SCALE, MAX_SCALE).half()
+    short = half.float() < scale
+    # Consecutive positive float16 numbers have consecutive bit patterns.
+    up = (half.view(torch.int16) + short.to(torch.int16)).view(torch.float16)
+    return up.float().clamp_(MIN_SCALE, MAX_SCALE)
+
+
+def to_fp16_nearest(scale: Tensor) -> Tensor:
+    """Nearest float16 to `scale` within [MIN_SCALE, MAX_SCALE], as f32."""
+    return scale.clamp(MIN_SCALE, MAX_SCALE).half().float()
+
+
+def fit(
+    weight: Tensor, bits: int, sym: bool, mse: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fit one grid to each row.
+
+    Min-max as the GPTQ reference quantizer: the range always includes 0, an all-zero row gets [-1, 1]; symmetric
+    ranges are [-m, m], m = max |w|, with scale 2m / (2^bits - 1) and zero point 2^(bits-1).
+
+    Args:
+        weight: f32[R, C].
+        bits: Bits of a code.
+        sym: Symmetric grid.
+        mse: Search shrunken ranges. The criterion is sum(importance * error^2), or sum(|error|^2.4) as in the
+            reference quantizer when there is no importance.
+        importance: f32[C], not negative: diag(H) of the columns.
+
+    Returns:
+        scale f32[R] (float16 numbers) and zero f32[R] (whole numbers in 0..2^bits-1).
+    """
+    low, high = torch.aminmax(weight, dim=1)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    empty = (low == 0) & (high == 0)
+    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+    top = (1 << bits) - 1
+    exact = high / top - low / top  # not (high - low) / top: the difference may overflow
+    scale = to_fp16_up(exact)
+
+    def zero_of(low: Tensor, scale: Tensor) -> Tensor:
+        if sym:
+            return torch.full_like(scale, 1 << (bits - 1))
+        return torch.round(-low / scale).clamp_(0, top)
+
+    zero = zero_of(low, scale)
+    if not mse:
+        return scale, zero
+    step = max(1, _CHUNK // max(1, weight.shape[1]))
+    for r in range(0, weight.shape[0], step):
+        part = slice(r, r + step)
+        w, s_best, z_best = weight[part], scale[part], zero[part]
+        best = _grid_error(w, s_best, z_best, top, importance)
+        for i in range(1, SHRINK_TRIES):
+            p = 1 - i / SHRINK_STEPS
+            s = to_fp16_nearest(exact[part] * p)
+            z = zero_of(low[part] * p, s)
+            error = _grid_error(w, s, z, top, importance)
+            better = error < best
+            best = torch.where(better, error, best)
+            # Slices of scale and zero: written in place.
+            s_best.copy_(torch.where(better, s, s_best))
+            z_best.copy_(torch.where(better, z, z_best))
+    return scale, zero
+
+
+def _grid_error(weight: Tensor, scale: Tensor, zero: Tensor, top: int, importance: Tensor | None) -> Tensor:
+    s, z = scale.unsqueeze(1), zero.unsqueeze(1)
+    error = (weight / s).round_().clamp_(-z, top - z).mul_(s).sub_(weight)
+    if importance is None:
+        return error.abs_().pow_(UNWEIGHTED_NORM).sum(1)
+    return error.square_().matmul(importance)
+
+
+def fit_groups(
+    weight: Tensor, bits: int, sym: bool, group_size: int, mse: bool = False, importance: Tensor | None = None
+) -> Grid:
+    """Fit a grid to every row and group of columns.
+
+    Args:
+        weight: [N, K], any float type.
+        bits: Bits of a code.
+        sym: Symmetric grids.
+        group_size: Columns of a group, or -1 for one group; the last may be short.
+        mse: See `fit`.
+        importance: f32[K] or None, see `fit`.
+
+    Returns:
+        The grid.
+    """
+    n, k = weight.shape
+    size = k if group_size == -1 else group_size
+    groups = -(-k // size)
+    scales = torch.empty(n, groups, dtype=torch.float32, device=weight.device)
+    zeros = torch.empty_like(scales)
+    for columns, g in _blocks(k, size):
+        w = weight[:, columns].float()
+        count = g.stop - g.start
+        if importance is None:
+            s, z = fit(w.reshape(n * count, -1), bits, sym, mse)
+            scales[:, g], zeros[:, g] = s.view(n, count), z.view(n, count)
+            continue
+        width = w.shape[1] // count
+        for j in range(count):
+            part = slice(j * width, (j + 1) * width)
+            start = columns.start
+            chosen = importance[start + part.start : start + part.stop]
+            scales[:, g.start + j], zeros[:, g.start + j] = fit(w[:, part], bits, sym, mse, chosen)
+    return Grid(scales, None if sym else zeros.to(torch.uint8), bits, size)
+
+
+def _blocks(k: int, size: int) -> list[tuple[slice, slice]]:
+    """(columns, groups) of the full groups, then of the short last group."""
+    full = k // size
+    parts = [(slice(0, full * size), slice(0, full))] if full else []
+    if full * size < k:
+        parts.append((slice(full * size, k), slice(full, full + 1)))
+    return parts

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ for one weight matrix (paper algorithm 1), without any knowledge of the model around it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gptq_compile.errors import ConfigError
+from gptq_compile.passes.gptq.columns import quantize_panel
+from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq.factor import Factor, factorize
+from gptq_compile.passes.gptq.grid import Grid, fit, fit_groups, zero_points
+from gptq_compile.passes.gptq.hessian import Hessian
+from gptq_compile.passes.gptq.rtn import check_weight, rtn
+from gptq_compile.passes.gptq.solution import RowErrors, Solution, no_errors, row_quadratic, with_errors
+
+PANEL = 32  # columns whose mutual updates are vector operations; between panels they are matrix products
+
+
+@torch.no_grad()
+def solve(
+    weight: Tensor, hessian: Hessian | Factor | Tensor, config: QuantizeConfig, *, name: str = "linear"
+) -> Solution:
+    """Quantize a weight so that its output error under the Hessian is small.
+
+    Args:
+        weight: [N, K], any float type; linears that read the same activation may be stacked by rows (see
+            `Solution.split`).
+        hessian: An accumulator, a matrix f32 or f64 [K, K], or `prepare`'s result when several weights share it.
+        config: Settings; with method "rtn" the Hessian is only used to measure.
+        name: Module path, for messages.
+
+    Returns:
+        The solution; its stats say which rung of the ladder was used. It is never worse than round to nearest on the
+        same Hessian: where it would be, round-to-nearest codes are kept and counted.
+
+    Raises:
+        ConfigError: The group is larger than the layer, or shapes do not match.
+        ModelError: NaN or infinite weights.
+        CalibrationError: The accumulator saw no tokens or overflowed.
+    """
+    start = time.perf_counter()
+    n, k = weight.shape
+    config.validate_for_layer(k, name)
+    factor = hessian if isinstance(hessian, Factor) else prepare(hessian, config)
+    if factor.dead.shape[0] != k:
+        raise ConfigError(f"{name} has {k} input features but its Hessian has {factor.dead.shape[0]}.")
+    check_weight(weight, name)
+    w = weight.float()
+    baseline = rtn(w, config, name=name)
+    dead = int(factor.dead.sum())
+    if factor.hessian is None:
+        stats = no_errors("rtn", f"{factor.reason}: rounded to nearest", 0.0, factor.damp, dead)
+        return replace(baseline, stats=replace(stats, seconds=time.perf_counter() - start))
+
+    energy = row_quadratic(w, factor.hessian, factor.scale)
+    error_rtn = row_quadratic(w - baseline.weight, factor.hessian, factor.scale)
+    reason = factor.reason
+    if config.method == "rtn" or factor.upper is None:
+        if config.method == "rtn":
+            reason = None
+        solution, errors = (
+            baseline,
+            RowErrors(error_rtn, error_rtn, energy, torch.ones_like(energy, dtype=torch.bool)),
+        )
+    else:
+        solution = _column_loop(w, factor, config)
+        error = row_quadratic(w - solution.weight, factor.hessian, factor.scale)
+        solution, errors, worse = _keep_better(solution, error, baseline, error_rtn, energy)
+        reason = "; ".join(r for r in (reason, worse) if r) or None
+    if dead:
+        note = f"{dead} dead columns rounded to nearest"
+        reason = f"{reason}; {note}" if reason else note
+    stats = no_errors("gptq", reason, 0.0, factor.damp, dead)
+    stats = replace(with_errors(stats, errors), seconds=time.perf_counter() - start)
+    return replace(solution, stats=stats, row_errors=errors)
+
+
+def prepare(hessian: Hessian | Tensor, config: QuantizeConfig) -> Factor:
+    """Factor a Hessian once for all linears that read the same activation.
+
+    Raises:
+        CalibrationError: The accumulator saw no tokens or overflowed.
+    """
+    matrix = hessian.matrix() if isinstance(hessian, Hessian) else hessian
+    return factorize(matrix, config.damp, config.act_order)
+
+
+def _keep_better(
+    solution: Solution, error: Tensor, baseline: Solution, error_rtn: Tensor, energy: Tensor
+) -> tuple[Solution, RowErrors, str | None]:
+    """Keep round-to-nearest rows that beat GPTQ's (rows are independent problems)."""
+    worse = ~(error <= error_rtn)  # also where the error is NaN
+    if solution.g_idx is not None:
+        # Groups follow the activation order, which the rows share: all or nothing.
+        worse = torch.full_like(worse, not float(error.sum()) <= float(error_rtn.sum()))
+    count = int(worse.sum())
+    if count == 0:
+        return solution, RowErrors(error, error_rtn, energy, worse), None
+    errors = RowErrors(torch.where(worse, error_rtn, error), error_rtn, energy, worse)
+    reason = f"round to nearest was better and is kept in {count} of {worse.numel()} rows"
+    if count == worse.numel():
+        return baseline, errors, reason
+    pick = worse.unsqueeze(1)
+    zeros = None
+    if solution.zeros is not None and baseline.zeros is not None:
+        zeros = torch.where(pick, baseline.zeros, solution.zeros)
+    solution = replace(
+        solution,
+        codes=torch.where(pick, baseline.codes, solution.codes),
+        scales=torch.where(pick, baseline.scales, solution.scales),
+        zeros=zeros,
+    )
+    return solution, errors, reason
+
+
+def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
+    """Algorithm 1: w f32[N, K] in natural order -> solution without stats.
+
+    Works on the transpose, so that a column's N weights are contiguous. Blocks and panels are cut such that whenever
+    a group's grid is fitted, every column of the group carries all corrections of the columns before it.
+    """
+    assert factor.upper is not None and factor.hessian is not None
+    n, k = w.shape
+    size, count = config.group_for(k), config.groups_in(k)
+    order, upper = factor.order, factor.upper
+    importance = factor.hessian.diagonal() if config.mse else None
+    alive = (~factor.dead).float() if bool(factor.dead.any()) else None
+    upfront: Grid | None = None
+    if config.static_groups:
+        upfront = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.mse, importance)
+    scales = torch.empty(count, n, device=w.device) if upfront is None else upfront.scales.t().contiguous()
+    if upfront is None:
+        zeros = torch.empty_like(scales)
+    else:
+        zeros = zero_points(upfront.scales, upfront.zeros, config.wbits).t().contiguous()
+
+    work = w.t().contiguous() if order is None else w.t()[order]
+    if work.data_ptr() == w.data_ptr():
+        work = work.clone()
+    if order is not None:
+        importance = None if importance is None else importance[order]
+        alive = None if alive is None else alive[order]
+    # Group of each processing position.
+    groups = torch.arange(k, device=w.device) // size
+    if upfront is not None and order is not None:
+        groups = order // size
+    codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
+    inverse_pivots = upper.diagonal().reciprocal().tolist()
+    error = torch.empty(min(k, max(config.block_size, 1)), n, device=w.device)
+
+    for begin, end in _blocks(k, config.block_size, None if upfront is not None else size):
+        for a, b in _panels(begin, end, None if upfront is not None else size):
+            if upfront is None and a % size == 0:
+                g = a // size
+                part = slice(a, min(a + size, k))
+                group = _mask(work[part].t(), None if alive is None else alive[part], size)
+                chosen = None if importance is None else importance[part]
+                scales[g], zeros[g] = fit(group, config.wbits, config.sym, config.mse, chosen)
+            picked = groups[a:b]
+            codes[a:b] = quantize_panel(
+                work[a:b],
+                upper[a:b, a:b],
+                inverse_pivots[a:b],
+                scales[picked],
+                zeros[picked],
+                config.max_code,
+                error[a - begin : b - begin],
+            )
+            if b < end:
+                work[b:end].addmm_(upper[a:b, b:end].t(), error[a - begin : b - begin], alpha=-1)
+        if end < k:
+            work[end:].addmm_(upper[begin:end, end:].t(), error[: end - begin], alpha=-1)
+
+    g_idx = None
+    if order is not None:
+        natural = torch.empty_like(codes)
+        natural[order] = codes
+        codes = natural
+        if upfront is None and count > 1:
+            g_idx = torch.empty(k, dtype=torch.int32, device=w.device)
+            g_idx[order] = groups.int()
+    return Solution(
+        codes=codes.t().contiguous(),
+        scales=scales.t().contiguous(),
+        zeros=None if config.sym else zeros.t().to(torch.uint8).contiguous(),
+        g_idx=g_idx,
+        bits=config.wbits,
+        group_size=size,
+        stats=no_errors("gptq", None, 0.0),
+    )
+
+
+def _mask(weight: Tensor, alive: Tensor | None, size: int) -> Tensor:
+    """Weight [N, C] to fit grids on: dead columns count as 0, which every range holds anyway.
+
+    A group without any live column keeps its weights, or it would get an arbitrary grid.
+    """
+    if alive is None:
+        return weight
+    keep = alive.clone()
+    for part in keep.split(size):
+        if not bool(part.any()):
+            part.fill_(1.0)
+    return weight * keep
+
+
+def _blocks(k: int, block: int, size: int | None) -> list[tuple[int, int]]:
+    """Column ranges between lazy updates: at most `block` wide, holding whole groups or lying inside one."""
+    if size is None:
+        return [(a, min(a + block, k)) for a in range(0, k, block)]
+    if size <= block:
+        block -= block % size
+        return [(a, min(a + block, k)) for a in range(0, k, block)]
+    return [
+        (a, min(a + block, end))
+        for start in range(0, k, size)
+        for end in [min(start + size, k)]
+        for a in range(start, end, block)
+    ]
+
+
+def _panels(begin: int, end: int, size: int | None) -> list[tuple[int, int]]:
+    """Ranges of at most PANEL columns inside a block; a group starts only at a range's start."""
+    if size is None or size >= end - begin:
+        return [(a, min(a + PANEL, end)) for a in range(begin, end, PANEL)]
+    return [
+        (a, min(a + PANEL, stop))
+        for start in range(begin, end, size)
+        for stop in [min(start + size, end)]
+        for a in range(start, stop, PANEL)
+    ]
