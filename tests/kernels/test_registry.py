@@ -44,7 +44,7 @@ def test_no_kernel_lists_every_reason():
 
 
 def test_unknown_op_names_the_known_ones():
-    with pytest.raises(NoKernelError, match="implements 'nothing'. Known ops: op"):
+    with pytest.raises(NoKernelError, match=r"implements 'nothing'\. Known ops: op"):
         select(Case.make("nothing", "float32"), CPU, (_kernel("fast", 1),))
 
 
