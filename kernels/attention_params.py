@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attributes of a paged_attention case, checked once for every target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptq_compile.kernels.registry import Case, Refusal
+
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """Attributes of paged attention.
+
+    Attributes:
+        heads: query heads H.
+        kv_heads: key and value heads; H is a multiple. Query head h reads key head h // (H // kv_heads).
+        head_dim: D of q and k.
+        v_head_dim: Dv of v and of the output.
+        page_size: cache positions per page.
+        scale: factor on q.k.
+        window: positions seen, the token's own included; 0 = all before it.
+        softcap: c in c * tanh(score / c); 0 = off.
+        has_sinks: an input sinks[H] holds one extra logit of the softmax denominator per head.
+        has_alibi: an input alibi_slopes[H] adds slope * (j - position) to the scores.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    page_size: int
+    scale: float
+    window: int
+    softcap: float
+    has_sinks: bool
+    has_alibi: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the optional inputs that this case does not have."""
+        flags = (("sinks", self.has_sinks), ("alibi_slopes", self.has_alibi))
+        return tuple(name for name, present in flags if not present)
+
+    @staticmethod
+    def of(case: Case) -> AttentionParams:
+        """Reads the attributes of `case`; only heads, kv_heads and head_dim have no default."""
+        head_dim = int(case["head_dim"])
+        return AttentionParams(
+            heads=int(case["heads"]),
+            kv_heads=int(case["kv_heads"]),
+            head_dim=head_dim,
+            v_head_dim=int(case.get("v_head_dim", head_dim)),
+            page_size=int(case.get("page_size", 16)),
+            scale=float(case.get("scale", head_dim**-0.5)),
+            window=int(case.get("window", 0)),
+            softcap=float(case.get("softcap", 0.0)),
+            has_sinks=bool(case.get("has_sinks", False)),
+            has_alibi=bool(case.get("has_alibi", False)),
+        )
+
+
+def refuse_dtype(case: Case) -> Refusal | None:
+    """Refuses activation types other than float32 and float16."""
+    if case.dtype not in DTYPES:
+        return Refusal(f"activations are {case.dtype}; this kernel is written for {' and '.join(DTYPES)}")
+    return None
+
+
+def refuse_attention(case: Case) -> Refusal | None:
+    """Refuses what no attention kernel here can do."""
+    p = AttentionParams.of(case)
+    if p.heads % p.kv_heads:
+        return Refusal(f"{p.heads} query heads are not a multiple of {p.kv_heads} key heads")
+    return refuse_dtype(case)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""act(gate) * up for the CPU (Shazeer 2020, section 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptq_compile.kernels import tirx_math as tm
+from gptq_compile.kernels.activations import ACTIVATIONS, refuse_activation
+from gptq_compile.kernels.attention_params import refuse_dtype
+from gptq_compile.kernels.cpu.norms import row_loop
+from gptq_compile.kernels.registry import Case, Kernel
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.tvm_env import T
+
+
+def _gated(case: Case, target: Target) -> Any:
+    m, F, dtype = tm.rows(case, "m"), int(case["features"]), case.dtype
+    act = ACTIVATIONS[case["act"]]
+    L = tm.lanes(F)
+    loop = row_loop(case, F)
+
+    @T.prim_func(private=True, s_tir=True)
+    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), dtype)):
+        for i in loop(m):
+            for k in range(F // L):
+                for v in T.vectorized(L):
+                    out[i, k * L + v] = T.Cast(
+                        dtype, act(T.Cast("float32", gate[i, k * L + v])) * T.Cast("float32", up[i, k * L + v])
+                    )
+
+    return gated_act
+
+
+KERNELS = (
+    Kernel("cpu.gated_act", "gated_act", lambda case, target: refuse_activation(case) or refuse_dtype(case), _gated),
+)
