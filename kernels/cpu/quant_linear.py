@@ -12,6 +12,7 @@ cache and is multiplied with up to 96 token rows by a 6x16 register tile (Goto a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -237,7 +238,7 @@ def _fused_rows(t: _Tensors, x: Any, sums: Any, tile: Expr, rows: tuple[int, ...
                     dot = dot - t.zero(tile, g, lane) * sums[row, g]
                     store(total[r], (lane,), total[r][lane] + t.scale(tile, g, lane) * dot)
     for r, row in enumerate(rows):
-        t.store_row(tile, row, lambda lane, r=r: total[r][lane])
+        t.store_row(tile, row, total[r].__getitem__)
 
 
 def _fill(acc: Any) -> None:
@@ -285,8 +286,12 @@ def _panel(case: Case, target: Target) -> Any:
                             _micro(x, rows, panel, sums, start, block * TILE_ROWS, group * grouping.group_size,
                                    each * size)  # fmt: skip
                 with ir.serial(CHUNK_ROWS) as r, when(start + r < rows):
-                    t.store_row(tile, start + r, lambda lane, r=r: sums[r, lane])
+                    t.store_row(tile, start + r, functools.partial(_row_lane, sums, r))
     return f.result()
+
+
+def _row_lane(sums: Any, row: Expr, lane: Expr) -> Expr:
+    return sums[row, lane]
 
 
 def _dequantize(t: _Tensors, panel: Any, tile: Expr, group: Expr, groups: int, size: int) -> None:
