@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last pass: a Relax module becomes one shared library, ``model.so``.
+
+How a built library is loaded and called with nothing but ``tvm_ffi`` and the libraries of
+:mod:`gptq_compile.kernels.runtime_libs` (all of it is what ``tests/passes/test_build.py`` and
+``tests/gpu/test_build_cuda.py`` do)::
+
+    import ctypes, tvm_ffi                          # tvm_ffi brings its own libtvm_ffi.so
+    ctypes.CDLL("lib/libtvm_runtime.so", mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL("lib/libtvm_runtime_cuda.so")       # CUDA only; registers device_api.cuda. Needs libcuda, libcudart.
+    library = tvm_ffi.load_module("model.so")
+    vm = library["vm_load_executable"]()            # keep both `library` and `vm` alive
+    vm["vm_initialization"](1, 0, 2)                # CPU: triples (DLPack device type, index, allocator 1 naive|2 pooled)
+    vm["vm_initialization"](2, 0, 2, 1, 0, 2)       # CUDA: the device first; the CPU last, for shape arithmetic
+    forward = vm["forward"]                         # call: forward(tensor, ..., tvm_ffi.convert((t0, t1)), ...)
+
+Arguments are ``tvm_ffi.Tensor`` (``tvm_ffi.from_dlpack(numpy_array)`` on the CPU, no copy; the array must be aligned
+to 64 bytes for TVM to take it) or tuples of them, as ``tvm_ffi.Array``. A result is a tensor or an Array.
+Device tensors: ``empty = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")`` and
+``empty(tvm_ffi.Shape(shape), tvm_ffi.dtype("float16"), tvm_ffi.device("cuda", 0), None)``; copies in and out, ordered
+on the current stream, by ``"runtime.TVMTensorCopyFromTo"(source, destination)``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptq_compile.errors import BuildError, GptqCompileError, OutputError
+from gptq_compile.kernels.fatbin import archs_in
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.toolchain import Nvcc, require_cc, require_nvcc
+from gptq_compile.kernels.tvm_env import relax, require_cuda_codegen, tvm
+from gptq_compile.passes.default_schedule import MarkScheduled, ScheduleForCpu
+
+logger = logging.getLogger(__name__)
+
+_CALLBACK = "tvm_callback_cuda_compile"
+_callback_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What a build made.
+
+    Attributes:
+        path: The library.
+        seconds: Wall-clock time of the whole build.
+        size: Bytes of the library.
+        archs: Machine code found inside: ``sm_NN`` and ``compute_NN`` (PTX) for CUDA, else the ``-mcpu`` name.
+    """
+
+    path: Path
+    seconds: float
+    size: int
+    archs: tuple[str, ...]
+
+
+def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> BuildInfo:
+    """Compiles a Relax module into one shared library.
+
+    Args:
+        mod: ``tvm.IRModule``; Relax functions over ``call_tir`` and Relax operators. PrimFuncs with a schedule are
+            kept as they are, the others get a default one. A Relax function's attribute ``tir_var_upper_bound``
+            (name of a symbolic dimension -> largest value) lets its temporaries be planned statically. The result of
+            a ``call_tir_inplace`` must be used or returned.
+        target: What to emit code for.
+        out: The library's path; replaced atomically.
+        fast_math: Let nvcc approximate divisions and transcendental functions, and flush denormals.
+
+    Returns:
+        What was built.
+
+    Raises:
+        BuildError: if a compiler is missing or fails, or the module cannot be lowered.
+        OutputError: if ``out`` cannot be written; nothing half-written is left.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    cc = require_cc()
+    nvcc = None
+    if target.kind == "cuda":
+        nvcc = require_nvcc(target.archs)
+        require_cuda_codegen()
+    with _scratch_beside(out) as scratch:
+        library = scratch / out.name
+        _emit(mod, target, nvcc, cc, library, scratch, fast_math)
+        found = tuple(archs_in(library)) if target.kind == "cuda" else target.archs
+        missing = [arch for arch in target.archs if arch not in found]
+        if missing:
+            raise BuildError(
+                f"The build of {out.name} finished without machine code for {', '.join(missing)} "
+                f"(found: {', '.join(found) or 'none'}). Does the module have any kernel for the GPU?"
+            )
+        os.replace(library, out)
+    info = BuildInfo(out, time.perf_counter() - started, out.stat().st_size, found)
+    logger.info("built %s: %.1f MB for %s in %.1f s", out, info.size / 1e6, ", ".join(found), info.seconds)
+    return info
+
+
+def relax_passes(target: Target) -> list[Any]:
+    """Lists the passes from Relax operators to VM instructions, in order.
+
+    This is TVM's own list with three differences: written kernels are marked first, CPU leftovers are scheduled too,
+    and RewriteCUDAGraph is left out because the runtime captures whole steps.
+    """
+    transform = relax.transform
+    return [
+        MarkScheduled(),
+        transform.LegalizeOps(),
+        transform.AnnotateTIROpPattern(),
+        transform.FoldConstant(),
+        transform.FuseOps(),
+        transform.FuseTIR(),
+        _schedule_leftovers(target),
+        transform.RewriteDataflowReshape(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
+        transform.LowerAllocTensor(),
+        transform.KillAfterLastUse(),
+        transform.LowerRuntimeBuiltin(),
+        transform.ComputePrimValue(),
+        transform.VMShapeLower(),
+        transform.AttachGlobalSymbol(),
+    ]
+
+
+def _schedule_leftovers(target: Target) -> Any:
+    if target.kind == "cpu":
+        return ScheduleForCpu()
+    from tvm.s_tir import dlight
+
+    gpu = dlight.gpu
+    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
+    return dlight.ApplyDefaultSchedule(*rules)
+
+
+def _emit(
+    mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, scratch: Path, fast_math: bool
+) -> None:
+    """Lowers, generates code and links ``library``; failures come out as this project's errors."""
+    tvm_target = target.tvm()
+    failures: list[GptqCompileError] = []
+    compile_cuda = _cuda_compiler(nvcc, target.archs, scratch, fast_math, failures) if nvcc else None
+
+    def link(output: str, objects: Sequence[str], **_: Any) -> None:
+        _run([str(cc), "-shared", "-fPIC", "-o", output, *map(str, objects), "-lm"], "linking model.so", failures)
+
+    try:
+        with _cuda_callback(compile_cuda), tvm_target:
+            lowered = tvm.transform.Sequential(relax_passes(target))(mod)
+            executable = relax.build(lowered, tvm_target, relax_pipeline=None)
+            executable.export_library(str(library), fcompile=link, workspace_dir=str(scratch))
+    except OSError:
+        raise
+    except Exception as error:
+        # What crosses TVM's C++ comes back as another exception; the one that was raised first says how to mend it.
+        if failures:
+            raise failures[0] from error
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise BuildError(f"TVM could not compile the module for {target}: {_last_words(str(error))}") from error
+
+
+def _cuda_compiler(
+    nvcc: Nvcc, archs: Sequence[str], scratch: Path, fast_math: bool, failures: list[GptqCompileError]
+) -> Any:
+    """Returns the function TVM calls with CUDA source; it answers with a fatbin for every architecture asked."""
+
+    def compile_cuda(code: str) -> bytes:
+        source, fatbin = scratch / "kernels.cu", scratch / "kernels.fatbin"
+        source.write_text(code)
+        command = [str(nvcc.path), "--fatbin", "-O3", "--threads", str(min(len(archs), os.cpu_count() or 1))]
+        command += gencode_flags(archs)
+        # TVM's generated code uses the operators of __half and __nv_bfloat16 and constexpr device helpers.
+        command += [f"-U__CUDA_NO_{kind}__" for kind in ("HALF_OPERATORS", "HALF_CONVERSIONS")]
+        command += [f"-U__CUDA_NO_BFLOAT16_{kind}__" for kind in ("OPERATORS", "CONVERSIONS")]
+        command += ["-U__CUDA_NO_BFLOAT162_OPERATORS__", "-U__CUDA_NO_BFLOAT162_CONVERSIONS__"]
+        command += ["--expt-relaxed-constexpr", "--expt-extended-lambda", "-w"]
+        command += ["--use_fast_math"] if fast_math else []
+        started = time.perf_counter()
+        _run([*command, "-o", str(fatbin), str(source)], f"nvcc for {', '.join(archs)}", failures)
+        logger.debug("nvcc took %.1f s for %s", time.perf_counter() - started, ", ".join(archs))
+        return fatbin.read_bytes()
+
+    return compile_cuda
+
+
+def gencode_flags(archs: Sequence[str]) -> list[str]:
+    """Returns nvcc's flags for machine code of every architecture, plus PTX of the highest portable one.
+
+    PTX of an architecture-specific target (``sm_90a``) runs on no newer GPU, so it is not added for those.
+    """
+    flags = []
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch[3:]},code={arch}"]
+    portable = [arch[3:] for arch in archs if arch[3:].isdigit()]
+    if portable:
+        highest = max(portable, key=int)
+        flags += ["-gencode", f"arch=compute_{highest},code=compute_{highest}"]
+    return flags
+
+
+@contextmanager
+def _cuda_callback(compile_cuda: Any | None) -> Iterator[None]:
+    """Makes TVM hand CUDA source to ``compile_cuda`` for the time of one build."""
+    if compile_cuda is None:
+        yield
+        return
+    with _callback_lock:
+        previous = tvm.get_global_func(_CALLBACK)
+        tvm.register_global_func(_CALLBACK, compile_cuda, override=True)
+        try:
+            yield
+        finally:
+            tvm.register_global_func(_CALLBACK, previous, override=True)
+
+
+def _run(command: Sequence[str], what: str, failures: list[GptqCompileError]) -> None:
+    """Runs a compiler; what it says when it fails goes into a BuildError that is also noted in ``failures``."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        said, status = f"{done.stdout}\n{done.stderr}".strip(), done.returncode
+    except OSError as error:
+        said, status = str(error), -1
+    if status == 0:
+        return
+    if "No space left on device" in said:
+        failure: GptqCompileError = OutputError(
+            f"The disk is full: {what} could not write its output. Free some space, or choose another output folder."
+        )
+    else:
+        failure = BuildError(
+            f"{what} failed with status {status}: {_last_words(said)}\nThe command was: {' '.join(command)}"
+        )
+    failures.append(failure)
+    raise failure
+
+
+def _last_words(text: str, limit: int = 4000) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else f"[...] {text[-limit:]}"
+
+
+@contextmanager
+def _scratch_beside(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder on the disk of ``out``, so that a rename moves the result into place.
+
+    Raises:
+        OutputError: if the folder of ``out`` cannot be written or the disk fills up meanwhile.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"{out} could not be written: {error.strerror or error}. "
+            f"Choose an output folder that exists, is writable and has free space."
+        ) from error

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Default schedules for the PrimFuncs no kernel was written for: elementwise leftovers, reductions, gathers.
+
+TVM's dlight has good fallbacks for GPUs but next to nothing for CPUs, where an unscheduled function runs on one core
+and LLVM may not vectorize a floating-point reduction, because that reorders additions. The CPU rule here splits the
+reduced axis into ``LANES`` partial results (``rfactor``), computes all blocks of one row together, and shares the rows
+out over the cores.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import tvm_ffi
+
+from gptq_compile.kernels.tvm_env import tvm
+
+logger = logging.getLogger(__name__)
+
+# Partial results of a vectorized reduction: four AVX2 registers of float32, which hides the latency of an addition.
+LANES = 32
+# Below this many output elements a function stays on one core: waking the thread pool costs about as much as
+# computing 32k elements.
+PARALLEL_ELEMENTS = 32768
+
+_OPAQUE_PATTERN = 8  # relax OpPatternKind.kOpaque
+
+
+def is_scheduled(func: Any) -> bool:
+    """Tells whether somebody wrote the loops of PrimFunc ``func`` on purpose.
+
+    That is so if it says it (``tirx.is_scheduled``), or if any of its loops is bound to threads, parallel, vectorized
+    or unrolled, or if it launches GPU threads, or if it is not made of schedulable blocks.
+    """
+    attrs = func.attrs
+    if attrs is not None and int(attrs.get("tirx.is_scheduled", 0) or 0) == 1:
+        return True
+    marks: list[bool] = []
+    blocks: list[bool] = []
+    tvm_ffi.structural_walk(
+        func.body,
+        [
+            (tvm.tirx.For, lambda loop: marks.append(loop.kind != tvm.tirx.ForKind.SERIAL)),
+            (tvm.tirx.AttrStmt, lambda stmt: marks.append(stmt.attr_key in ("thread_extent", "virtual_thread"))),
+            (tvm.s_tir.SBlock, lambda _: blocks.append(True)),
+        ],
+        order="post",
+    )
+    return any(marks) or not blocks
+
+
+def _mark(func: Any) -> Any:
+    return func.with_attr("tirx.is_scheduled", True)
+
+
+@tvm.transform.module_pass(opt_level=0, name="MarkScheduled")
+class MarkScheduled:
+    """Marks the written kernels, before anything is legalized, so that they are neither fused nor scheduled again."""
+
+    def transform_module(self, mod: Any, _: Any) -> Any:
+        """Returns ``mod`` with every scheduled PrimFunc marked, and opaque to operator fusion."""
+        mod = mod.clone()
+        for var, func in mod.functions_items():
+            if isinstance(func, tvm.tirx.PrimFunc) and is_scheduled(func):
+                mod[var] = _mark(func).with_attr("op_pattern", _OPAQUE_PATTERN)
+        return mod
+
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleForCpu")
+class ScheduleForCpu:
+    """Gives every PrimFunc that is not scheduled yet the default CPU schedule."""
+
+    def transform_module(self, mod: Any, _: Any) -> Any:
+        """Returns ``mod``; a function the rule cannot handle keeps its serial loops."""
+        mod = mod.clone()
+        for var, func in mod.functions_items():
+            if not isinstance(func, tvm.tirx.PrimFunc) or is_scheduled(func):
+                continue
+            try:
+                scheduled = _schedule_cpu(func)
+            except tvm.s_tir.ScheduleError as error:
+                logger.debug("%s keeps serial loops: %s", var.name_hint, error)
+                scheduled = None
+            if scheduled is not None:
+                mod[var] = _mark(scheduled)
+        return mod
+
+
+def _schedule_cpu(func: Any) -> Any | None:
+    from tvm.s_tir.dlight.analysis import normalize_prim_func
+    from tvm.s_tir.dlight.base import try_inline
+
+    sch = tvm.s_tir.Schedule(func)
+    infos = normalize_prim_func(sch)
+    if not infos:
+        return None
+    infos = try_inline(sch, infos)
+    kinds = [info.dom_kind() for info in infos]
+    if any("O" in kind for kind in kinds):
+        return None
+
+    partial: dict[int, Any] = {}
+    for index, (info, kind) in enumerate(zip(infos, kinds, strict=True)):
+        if kind.endswith("R") and "R" not in kind[:-1]:
+            block = _split_reduction(sch, info.block_rv, len(kind) - 1)
+            if block is not None:
+                partial[index] = block
+
+    last = infos[-1].block_rv
+    rows = min(_leading_spatial(kind) for kind in kinds)
+    if all("R" not in kind for kind in kinds):
+        rows = min(rows, len(kinds[-1]) - 1)  # the innermost axis is left for LLVM to vectorize
+    if rows == 0:
+        return sch.mod["main"]
+    row = sch.fuse(*sch.get_loops(last)[:rows])
+    if not _is_small(sch, last):
+        sch.parallel(row)
+    for index in reversed(range(len(infos))):
+        if index != len(infos) - 1:
+            sch.compute_at(infos[index].block_rv, row, preserve_unit_loops=True)
+        if index in partial:
+            sch.compute_at(partial[index], row, preserve_unit_loops=True)
+            _vectorize_partial(sch, partial[index], row)
+    return sch.mod["main"]
+
+
+def _leading_spatial(kind: str) -> int:
+    return len(kind) - len(kind.lstrip("S"))
+
+
+def _split_reduction(sch: Any, block: Any, spatial: int) -> Any | None:
+    """Splits the innermost reduced axis into ``LANES`` partial results; returns the block that computes them."""
+    loop = sch.get_loops(block)[spatial]
+    extent = sch.get(loop).extent
+    if not isinstance(extent, tvm.tirx.IntImm) or extent.value % LANES or extent.value < 4 * LANES:
+        return None
+    _, lane = sch.split(loop, factors=[None, LANES])
+    return sch.rfactor(lane, spatial)
+
+
+def _vectorize_partial(sch: Any, block: Any, row: Any) -> None:
+    """Makes the lane axis, which ``compute_at`` put first, the innermost one and vectorizes it."""
+    below = [sch.get(loop).loop_var for loop in sch.get_loops(block)].index(sch.get(row).loop_var) + 1
+    lane, *spatial, reduced = sch.get_loops(block)[below:]
+    sch.reorder(*spatial, reduced, lane)
+    sch.vectorize(lane)
+    sch.decompose_reduction(block, reduced)
+
+
+def _is_small(sch: Any, block: Any) -> bool:
+    """Tells whether ``block`` visits a known, small number of points."""
+    total = 1
+    for loop in sch.get_loops(block):
+        extent = sch.get(loop).extent
+        if not isinstance(extent, tvm.tirx.IntImm):
+            return False
+        total *= extent.value
+    return total < PARALLEL_ELEMENTS
