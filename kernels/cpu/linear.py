@@ -12,10 +12,11 @@ from typing import Any
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
 from gptq_compile.kernels.script import Function, local, script, store, when
 from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.tvm_env import tvm
 
 WEIGHT_ROWS = 4
-TOKEN_ROWS = 3
-"""3 x 4 tiles of 8 lanes fill 12 of the 16 AVX registers."""
+TOKEN_ROWS = 2
+"""2 x 4 tiles of 8 lanes: 8 sums and what is being loaded stay in the 16 AVX registers."""
 FLOATS = ("float32", "float16")
 
 Expr = Any
@@ -94,14 +95,13 @@ def _dot_tile(
 
 
 def _lane_sum(vector: Any, lanes: int) -> Expr:
-    """Emits pairwise halving of a vector of 8 or 16 lanes down to four; returns their sum."""
-    ir = script()
-    half = lanes // 2
-    while half >= 4:
-        with ir.vectorized(half) as lane:
-            store(vector, (lane,), vector[lane] + vector[lane + half])
-        half //= 2
-    return (vector[0] + vector[1]) + (vector[2] + vector[3])
+    """Returns the sum of all lanes; shuffles, because narrower loads would pin the vector to memory."""
+    tir = tvm.tirx
+    value = tir.BufferLoad(vector, [tir.Ramp(0, 1, lanes)])
+    while lanes > 1:
+        lanes //= 2
+        value = tir.Shuffle([value], list(range(lanes))) + tir.Shuffle([value], list(range(lanes, 2 * lanes)))
+    return value
 
 
 KERNELS = (Kernel("cpu.linear.dot", "linear", _accepts, _build),)
