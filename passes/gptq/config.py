@@ -66,7 +66,8 @@ class QuantizeConfig:
             raise ConfigError(f"wbits is {self.wbits!r}; codes have 2, 3, 4 or 8 bits.")
         if not _is_int(self.group_size) or (self.group_size < 1 and self.group_size != -1):
             raise ConfigError(
-                f"group_size is {self.group_size!r}; use a positive number of input features, or -1 for one group per row."
+                f"group_size is {self.group_size!r}; use a positive number of input features, "
+                "or -1 for one group per row."
             )
         if self.method not in METHODS:
             raise ConfigError(f"method is {self.method!r}; use one of {', '.join(METHODS)}.")
@@ -78,9 +79,7 @@ class QuantizeConfig:
         if isinstance(self.damp, bool) or not isinstance(self.damp, int | float):
             raise ConfigError(f"damp is {self.damp!r}; use a number above 0, for example 0.01.")
         if not (math.isfinite(self.damp) and self.damp > 0):
-            raise ConfigError(
-                f"damp is {self.damp!r}; the fraction of mean(diag(H)) must be finite and above 0."
-            )
+            raise ConfigError(f"damp is {self.damp!r}; the fraction of mean(diag(H)) must be finite and above 0.")
         for name in ("block_size", "nsamples", "seqlen"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use a whole number of at least 1.")

@@ -95,8 +95,10 @@ def _ladder(h: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
     # Symmetrize: only then does row dominance bound the eigenvalues of what the factorization reads.
     floored = (h + h.t()) * 0.5
     radius = floored.abs().sum(1) - floored.diagonal().abs()
-    floored.diagonal().copy_(torch.maximum(floored.diagonal(), radius))
-    upper = _inverse_factor(floored, grown)
+    diag = torch.maximum(floored.diagonal(), radius)
+    floored.diagonal().copy_(diag)
+    # Dominance alone allows a zero eigenvalue, so the damping is relative to what the diagonal has become.
+    upper = _inverse_factor(floored, grown * float(diag.mean()))
     if upper is not None:
         return upper, grown, f"not positive definite at damping {grown:g}: diagonal raised to row dominance"
     return None, grown, "no positive definite Hessian could be made"

@@ -30,9 +30,7 @@ class Hessian:
         name: str = "activation",
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
-            raise CalibrationError(
-                f"The Hessian of {name} was asked to sum in {dtype}; use float32 or float64."
-            )
+            raise CalibrationError(f"The Hessian of {name} was asked to sum in {dtype}; use float32 or float64.")
         self.name = name
         self.tokens = 0
         self._sum = torch.zeros(features, features, dtype=dtype, device=device)
@@ -54,9 +52,7 @@ class Hessian:
             CalibrationError: NaN or infinite activations, bad weights, or shapes that do not fit.
         """
         if x.shape[-1] != self.features:
-            raise CalibrationError(
-                f"{self.name} has {x.shape[-1]} features where its Hessian expects {self.features}."
-            )
+            raise CalibrationError(f"{self.name} has {x.shape[-1]} features where its Hessian expects {self.features}.")
         x = x.reshape(-1, self.features)
         if x.shape[0] == 0:
             return
@@ -64,17 +60,12 @@ class Hessian:
         if bool(bad.any()):
             token, feature = (int(i) for i in bad.nonzero()[0])
             raise CalibrationError(
-                f"{self.name} holds {int(bad.sum())} NaN or infinite activations in calibration tokens {self.tokens} to "
-                f"{self.tokens + x.shape[0] - 1}, first at token {self.tokens + token}, feature {feature}; check the "
-                "model's weights, or calibrate in float32."
+                f"{self.name} holds {int(bad.sum())} NaN or infinite activations in calibration tokens "
+                f"{self.tokens} to {self.tokens + x.shape[0] - 1}, first at token {self.tokens + token}, "
+                f"feature {feature}; check the model's weights, or calibrate in float32."
             )
         dtype = self._sum.dtype
-        if (
-            weights is None
-            and x.is_cuda
-            and dtype == torch.float32
-            and x.dtype in (torch.float16, torch.bfloat16)
-        ):
+        if weights is None and x.is_cuda and dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
             # Tensor cores multiply 16-bit inputs exactly and sum in float32.
             self._sum += torch.mm(x.t(), x, out_dtype=torch.float32)
         else:
@@ -109,12 +100,11 @@ class Hessian:
             CalibrationError: No token was added, or the sums overflowed.
         """
         if self.tokens == 0:
-            raise CalibrationError(
-                f"{self.name} was never run on calibration tokens; its Hessian is undefined."
-            )
+            raise CalibrationError(f"{self.name} was never run on calibration tokens; its Hessian is undefined.")
         h = self._sum * (2.0 / self.tokens)
         if not bool(torch.isfinite(h.diagonal()).all()):
             raise CalibrationError(
-                f"The Hessian of {self.name} overflowed {self._sum.dtype}: its activations are too large; sum in float64."
+                f"The Hessian of {self.name} overflowed {self._sum.dtype}: its activations are too large; "
+                "sum in float64."
             )
         return h

@@ -56,9 +56,7 @@ class RowErrors:
 
     def rows(self, part: slice) -> RowErrors:
         """The parts of some rows."""
-        return RowErrors(
-            self.objective[part], self.objective_rtn[part], self.energy[part], self.from_rtn[part]
-        )
+        return RowErrors(self.objective[part], self.objective_rtn[part], self.energy[part], self.from_rtn[part])
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,7 @@ class Solution:
 
 def with_errors(stats: SolveStats, errors: RowErrors) -> SolveStats:
     """Stats with the traces, and the method, that per-row errors add up to."""
-    objective, baseline, energy = (
-        float(t.sum()) for t in (errors.objective, errors.objective_rtn, errors.energy)
-    )
+    objective, baseline, energy = (float(t.sum()) for t in (errors.objective, errors.objective_rtn, errors.energy))
     rtn_rows = int(errors.from_rtn.sum())
     ratio = 1 / energy if energy > 0 else float("nan")
     return replace(
@@ -141,9 +137,7 @@ def with_errors(stats: SolveStats, errors: RowErrors) -> SolveStats:
     )
 
 
-def no_errors(
-    method: str, reason: str | None, seconds: float, damp: float = 0.0, dead: int = 0
-) -> SolveStats:
+def no_errors(method: str, reason: str | None, seconds: float, damp: float = 0.0, dead: int = 0) -> SolveStats:
     """Stats of a solution that was not measured on a Hessian."""
     nan = float("nan")
     return SolveStats(method, damp, reason, dead, 0, nan, nan, nan, nan, seconds)

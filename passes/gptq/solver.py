@@ -44,7 +44,7 @@ def solve(
         CalibrationError: The accumulator saw no tokens or overflowed.
     """
     start = time.perf_counter()
-    n, k = weight.shape
+    k = weight.shape[1]
     config.validate_for_layer(k, name)
     factor = hessian if isinstance(hessian, Factor) else prepare(hessian, config)
     if factor.dead.shape[0] != k:

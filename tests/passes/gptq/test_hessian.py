@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hessian accumulator against numpy, and against itself on other splits of the calibration set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gptq_compile.errors import CalibrationError
+from gptq_compile.passes.gptq.hessian import Hessian
+
+
+def tokens(count: int, k: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, k, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_matches_numpy(dtype: torch.dtype, weighted: bool) -> None:
+    x = tokens(120, 24).to(dtype)
+    d = tokens(120, 1).abs().flatten() if weighted else torch.ones(120)
+    h = Hessian(24)
+    h.add(x.view(2, 60, 24), d.view(2, 60) if weighted else None)
+    xn, dn = x.double().numpy(), d.double().numpy()
+    np.testing.assert_allclose(h.matrix().numpy(), 2 / 120 * (xn.T * dn) @ xn, rtol=2e-5, atol=2e-6)
+    assert h.tokens == 120
+
+
+def test_does_not_depend_on_the_split() -> None:
+    x, d = tokens(300, 16), torch.linspace(0, 3, 300)
+    whole = Hessian(16, torch.float64)
+    whole.add(x, d)
+    cut = Hessian(16, torch.float64)
+    for a, b in ((0, 1), (1, 250), (250, 250), (250, 300)):
+        cut.add(x[a:b], d[a:b])
+    left, right = Hessian(16, torch.float64), Hessian(16, torch.float64)
+    left.add(x[:77], d[:77])
+    right.add(x[77:], d[77:])
+    left.merge(right)
+    for other in (cut, left):
+        assert other.tokens == 300
+        torch.testing.assert_close(other.matrix(), whole.matrix(), rtol=1e-13, atol=1e-13)
+    doubled = Hessian(16, torch.float64)
+    doubled.add(x, d)
+    doubled.add(x, d)
+    torch.testing.assert_close(doubled.matrix(), whole.matrix(), rtol=1e-13, atol=1e-13)
+
+
+def test_integer_weight_equals_repetition_up_to_count() -> None:
+    x = tokens(10, 4)
+    weighted, repeated = Hessian(4), Hessian(4)
+    d = torch.ones(10)
+    d[0] = 4
+    weighted.add(x, d)
+    repeated.add(torch.cat([x, x[:1], x[:1], x[:1]]))
+    torch.testing.assert_close(weighted.matrix() * 10, repeated.matrix() * 13)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_bad_activations_are_named(value: float) -> None:
+    x = tokens(5, 8)
+    h = Hessian(8, name="model.layers.3.mlp.down_proj input")
+    h.add(x)
+    x[2, 6] = value
+    with pytest.raises(CalibrationError, match=r"layers\.3\.mlp\.down_proj input.*token 7, feature 6"):
+        h.add(x)
+    assert torch.isfinite(h.matrix()).all()
+
+
+def test_refusals() -> None:
+    h = Hessian(8, name="x")
+    with pytest.raises(CalibrationError, match="never run"):
+        h.matrix()
+    h.add(tokens(0, 8))
+    assert h.tokens == 0
+    with pytest.raises(CalibrationError, match="9 features"):
+        h.add(tokens(3, 9))
+    with pytest.raises(CalibrationError, match="3 tokens but 2 token weights"):
+        h.add(tokens(3, 8), torch.ones(2))
+    with pytest.raises(CalibrationError, match="not negative"):
+        h.add(tokens(3, 8), torch.tensor([1.0, -1.0, 1.0]))
+    with pytest.raises(CalibrationError, match="float32 or float64"):
+        Hessian(8, torch.float16)
+    with pytest.raises(CalibrationError, match="differ in features"):
+        h.merge(Hessian(9))
+    h.add(torch.full((2, 8), 1e20))
+    with pytest.raises(CalibrationError, match="overflowed"):
+        h.matrix()
