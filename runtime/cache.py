@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged KV cache: which page belongs to which sequence (PagedAttention, Kwon et al. 2023, section 4.2).
+
+Page 0 is the scratch page: rows that only fill up a batch write there, so they never touch a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gptq_compile.runtime.device import CpuDevice
+from gptq_compile.runtime.errors import ContextError
+from gptq_compile.runtime.manifest import Manifest
+from gptq_compile.runtime.vm import as_tuple
+
+SCRATCH_PAGE = 0
+CPU_BUDGET_BYTES = 1 << 30
+CUDA_BUDGET_SHARE = 0.6  # of the memory that is free after the weights
+
+
+def default_tokens(manifest: Manifest, device: CpuDevice, max_batch: int) -> int:
+    """Cache capacity in tokens: every sequence of the batch at full context, if the byte budget allows it."""
+    free = device.free_bytes()
+    budget = CPU_BUDGET_BYTES if free is None else int(free * CUDA_BUDGET_SHARE)
+    affordable = max(budget // max(manifest.cache_bytes_per_token, 1), manifest.page_size)
+    return min(manifest.context_length * max_batch, affordable)
+
+
+class PagedCache:
+    """Cache tensors of every layer and the free list of their pages.
+
+    Attributes:
+        tensors: tuple (k0, v0, k1, v1, ...), each [pages, kv_heads, page_size, head_dim].
+        capacity: tokens that sequences can hold together.
+        max_sequence: tokens that one sequence can hold.
+        table_width: pages of the longest sequence, the second dimension of every page table.
+    """
+
+    def __init__(self, manifest: Manifest, device: CpuDevice, tokens: int) -> None:
+        self.page_size = manifest.page_size
+        pages = max(1, -(-tokens // self.page_size))
+        self.capacity = pages * self.page_size
+        self.max_sequence = min(manifest.context_length, self.capacity)
+        self.context_length = manifest.context_length
+        self.table_width = self.pages_for(self.max_sequence)
+        arrays = []
+        for layer in manifest.cache_layers:
+            for width in (layer.head_dim, layer.v_head_dim):
+                shape = (pages + 1, layer.kv_heads, self.page_size, width)
+                # Zeros, not garbage: a kernel may read a whole page and multiply what lies ahead by zero.
+                arrays.append(device.zeros(shape, manifest.cache_dtype))
+        self.tensors: Any = as_tuple(arrays)
+        self._free = list(range(pages, 0, -1))
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens need."""
+        return -(-tokens // self.page_size)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has."""
+        return len(self._free)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens can be allocated now."""
+        return self.pages_for(tokens) <= len(self._free)
+
+    def allocate(self, tokens: int) -> np.ndarray:
+        """Takes pages for ``tokens`` tokens.
+
+        Returns:
+            A page table row, int32 [table_width]; unused entries are the scratch page.
+
+        Raises:
+            ContextError: if there are not enough free pages.
+        """
+        need = self.pages_for(tokens)
+        if need > len(self._free) or need > self.table_width:
+            raise ContextError(
+                f"The KV cache has {len(self._free) * self.page_size} free tokens of {self.capacity}, and a sequence "
+                f"needs {tokens}. Load the engine with a larger cache_tokens."
+            )
+        row = np.full(self.table_width, SCRATCH_PAGE, "int32")
+        row[:need] = [self._free.pop() for _ in range(need)]
+        return row
+
+    def release(self, row: np.ndarray) -> None:
+        """Gives a row's pages back."""
+        self._free.extend(int(p) for p in row[::-1] if p != SCRATCH_PAGE)
+
+    def slots(self, row: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Slot of each position: page * page_size + offset, int32."""
+        return (row[positions // self.page_size] * self.page_size + positions % self.page_size).astype("int32")
+
+    def slots_of(self, table: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Slot of one position per table row, int32 [rows]."""
+        pages = table[np.arange(len(table)), positions // self.page_size]
+        return (pages * self.page_size + positions % self.page_size).astype("int32")
