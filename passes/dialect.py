@@ -11,6 +11,7 @@ Layouts are token-major: activations are ``[1, n, channels]`` and attention head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,10 +151,11 @@ def paged_attention(
     ``0 .. positions[t]`` of its own sequence.
 
     Shapes: q, k, v as in :func:`attention`; k_cache ``[pages, kv_heads, page_size, head_dim]`` and v_cache likewise
-    (both written in place); positions, seq_of_token, slots ``[n]`` int32; page_table ``[sequences, pages_per_seq]``
+    (both written in place); positions ``[n]`` or ``[1, n]``, seq_of_token, slots ``[n]``, integers; page_table ``[sequences, pages_per_seq]``
     int32. ``slots[t] = page * page_size + offset``.
     """
     page_size = k_cache.shape[2]
+    positions = positions.reshape(-1)
     page, offset = slots.long() // page_size, slots.long() % page_size
     k_cache[page, :, offset] = k[0].to(k_cache.dtype)
     v_cache[page, :, offset] = v[0].to(v_cache.dtype)
@@ -273,6 +275,32 @@ def _(x, codes, scales, zeros, g_idx, bias, bits, group_size):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def packed_case(
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    has_zeros: bool,
+    has_bias: bool,
+    dtype: str,
+    rows: int | None = None,
+) -> Any:
+    """The kernel case of a packed linear."""
+    from gptq_compile.kernels.registry import Case
+
+    return Case.make(
+        "quant_linear",
+        dtype,
+        rows,
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=out_features,
+        has_zeros=has_zeros,
+        has_bias=has_bias,
+    )
+
+
 @torch.library.custom_op(f"{NAMESPACE}::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor,
@@ -297,12 +325,19 @@ def packed_linear(
     """
     from gptq_compile.kernels import layouts
 
+    case = packed_case(bits, group_size, x.shape[-1], out_features, has_zeros, bias is not None, "float32")
     arrays = {name: t.numpy(force=True) for name, t in zip(suffixes.split(","), packed, strict=True)}
-    codes, scales, zeros = layouts.unpack(layout, arrays, bits, group_size, out_features, x.shape[-1])
-    as_tensor = [None if a is None else torch.from_numpy(a).to(x.device) for a in (codes, scales, zeros)]
-    assert as_tensor[0] is not None and as_tensor[1] is not None
-    weight = dequantize(as_tensor[0], as_tensor[1], as_tensor[2], None, bits, group_size).to(x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    form = layouts.by_name(layout)
+    scales, zeros = form.unpack_grid(case, arrays)
+    weight = dequantize(
+        torch.from_numpy(form.unpack(case, arrays)),
+        torch.from_numpy(scales),
+        None if zeros is None else torch.from_numpy(zeros),
+        None,
+        bits,
+        group_size,
+    )
+    return F.linear(x, weight.to(x.device, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @packed_linear.register_fake

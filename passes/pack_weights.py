@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pack_weights``: quantization codes become the packed layout that the target's kernels read.
+
+An act-order permutation (``g_idx`` not sorted) is applied to the columns here, so that groups lie together, and to the
+activation by one gather. Packing happens when the packed tensor is read, one linear at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import fx
+
+from gptq_compile.errors import PassError
+from gptq_compile.kernels import layouts
+from gptq_compile.kernels.target import Target
+from gptq_compile.passes.dialect import packed_case
+from gptq_compile.passes.manager import Pass
+from gptq_compile.passes.program import Program, where
+
+ops = torch.ops.gptq_compile
+
+
+class PackWeights(Pass):
+    """Rewrites ``quant_linear`` into ``packed_linear`` for one target."""
+
+    name = "pack_weights"
+    tolerance = 1e-6  # the reference of a half-precision program dequantizes in another order
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def run(self, program: Program) -> bool:
+        changed = False
+        gathers: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and node.target is ops.quant_linear.default:
+                self._pack(program, node, gathers)
+                changed = True
+        if changed:
+            for node in list(program.graph.nodes):
+                if node.op == "placeholder" and "param" in node.meta and not node.users:
+                    program.graph.erase_node(node)
+        return changed
+
+    def _pack(self, program: Program, node: fx.Node, gathers: dict) -> None:
+        x, codes, scales, zeros, g_idx, bias, bits, group = node.args
+        params = program.params
+        base = codes.meta["param"].removesuffix(".codes")
+        out_features, in_features = params.shape(codes.meta["param"])
+        order: torch.Tensor | None = None
+        if g_idx is not None:
+            idx = params.get(g_idx.meta["param"]).long()
+            expected = torch.arange(in_features) // group
+            if not torch.equal(idx, expected):
+                order = torch.argsort(idx, stable=True)
+                if not torch.equal(idx[order], expected):
+                    raise PassError(f"{where(node)}: g_idx of {base} does not describe groups of {group} columns.")
+        case = packed_case(bits, group, in_features, out_features, zeros is not None, bias is not None, "float32")
+        layout = layouts.layout_for(case, self.target)
+        read = functools.partial(_packed, program.params, base, zeros is not None, order, layout, case)
+        cache: dict[str, torch.Tensor] = {}
+        with program.graph.inserting_before(node):
+            if order is not None:
+                key = (x, tuple(order.tolist()))
+                if key not in gathers:
+                    index = program.add_param(f"{base}.order", order)
+                    gathers[key] = program.call(torch.ops.aten.index_select.default, (x, x.meta["val"].dim() - 1, index), like=node)
+                x = gathers[key]
+            packed = []
+            for suffix, (shape, dtype) in layout.tensors(case).items():
+                name = f"{base}.{layout.name}.{suffix}"
+                params.add(name, shape, getattr(torch, dtype), functools.partial(_take, read, cache, suffix))
+                packed.append(program._placeholder(name))
+            args = (x, packed, bias, ",".join(layout.tensors(case)), layout.name, bits, group, out_features, zeros is not None)
+            new = program.call(ops.packed_linear.default, args, like=node)
+        node.replace_all_uses_with(new)
+        program.graph.erase_node(node)
+
+    def ensures(self, program: Program) -> None:
+        for node in program.graph.nodes:
+            if node.target is ops.quant_linear.default:
+                raise PassError(f"{where(node)} was not packed.")
+
+
+def _packed(params, base, has_zeros, order, layout, case) -> dict[str, torch.Tensor]:
+    """Reads one linear's codes and grid and packs them."""
+    codes = params.get(f"{base}.codes")
+    if order is not None:
+        codes = codes[:, order]
+    zeros = params.get(f"{base}.zeros").numpy() if has_zeros else None
+    arrays = layout.pack(case, codes.contiguous().numpy(), params.get(f"{base}.scales").numpy(), zeros)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _take(read, cache: dict[str, torch.Tensor], suffix: str) -> torch.Tensor:
+    """Packs once for all tensors of a linear: they are read one after another; each is handed out and forgotten."""
+    if suffix not in cache:
+        cache.clear()
+        cache.update(read())
+    return cache.pop(suffix)
