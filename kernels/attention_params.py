@@ -80,3 +80,11 @@ def refuse_attention(case: Case) -> Refusal | None:
     if p.heads % p.kv_heads:
         return Refusal(f"{p.heads} query heads are not a multiple of {p.kv_heads} key heads")
     return refuse_dtype(case)
+
+
+def refuse_rotary(case: Case) -> Refusal | None:
+    """Refuses rotary dimensions that are odd or larger than the head."""
+    rotary_dim, head_dim = int(case.get("rotary_dim", case["head_dim"])), int(case["head_dim"])
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        return Refusal(f"rotary_dim {rotary_dim} is not an even number up to head_dim {head_dim}")
+    return refuse_dtype(case)

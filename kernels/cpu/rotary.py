@@ -6,19 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_compile.kernels import tirx_math as tm
-from gptq_compile.kernels.attention_params import refuse_dtype
+from gptq_compile.kernels.attention_params import refuse_rotary
 from gptq_compile.kernels.cpu.norms import row_loop
-from gptq_compile.kernels.registry import Case, Kernel, Refusal
+from gptq_compile.kernels.registry import Case, Kernel
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import T
-
-
-def refuse_rotary(case: Case) -> Refusal | None:
-    """Refuses rotary dimensions that are odd or larger than the head."""
-    rotary_dim, head_dim = int(case.get("rotary_dim", case["head_dim"])), int(case["head_dim"])
-    if rotary_dim % 2 or rotary_dim > head_dim:
-        return Refusal(f"rotary_dim {rotary_dim} is not an even number up to head_dim {head_dim}")
-    return refuse_dtype(case)
 
 
 def _rotary(case: Case, target: Target) -> Any:

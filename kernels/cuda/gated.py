@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""act(gate) * up for CUDA (Shazeer 2020, section 2): one thread per 16 bytes of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptq_compile.kernels import tirx_math as tm
+from gptq_compile.kernels.activations import ACTIVATIONS, refuse_activation
+from gptq_compile.kernels.attention_params import refuse_dtype
+from gptq_compile.kernels.cuda.norms import vector_width
+from gptq_compile.kernels.registry import Case, Kernel
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.tvm_env import T
+
+_THREADS = 128
+
+
+def _gated(case: Case, target: Target) -> Any:
+    m, F, dtype = tm.rows(case, "m"), int(case["features"]), case.dtype
+    act = ACTIVATIONS[case["act"]]
+    L = vector_width(F, dtype)
+    chunks = F // L
+
+    @T.prim_func(private=True, s_tir=True)
+    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), dtype)):
+        for row in T.thread_binding(m, thread="blockIdx.x"):
+            for by in T.thread_binding((chunks + _THREADS - 1) // _THREADS, thread="blockIdx.y"):
+                for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                    if by * _THREADS + tx < chunks:
+                        a = T.alloc_buffer((L,), dtype, scope="local")
+                        b = T.alloc_buffer((L,), dtype, scope="local")
+                        for v in T.vectorized(L):
+                            a[v] = gate[row, (by * _THREADS + tx) * L + v]
+                        for v in T.vectorized(L):
+                            b[v] = up[row, (by * _THREADS + tx) * L + v]
+                        for v in T.unroll(L):
+                            a[v] = T.Cast(dtype, act(T.Cast("float32", a[v])) * T.Cast("float32", b[v]))
+                        for v in T.vectorized(L):
+                            out[row, (by * _THREADS + tx) * L + v] = a[v]
+
+    return gated_act
+
+
+KERNELS = (
+    Kernel("cuda.gated_act", "gated_act", lambda case, target: refuse_activation(case) or refuse_dtype(case), _gated),
+)
