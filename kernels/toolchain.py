@@ -27,6 +27,7 @@ from gptq_compile.errors import BuildError
 logger = logging.getLogger(__name__)
 
 CUDART = "libcudart.so.13"
+DEFAULT_CUDA_ROOT = Path("/usr/local/cuda")
 
 # Every driver symbol libtvm_runtime_cuda.so imports. CUresult 3 is CUDA_ERROR_NOT_INITIALIZED: nothing may believe
 # that there is a device behind the stub.
@@ -102,7 +103,7 @@ def _cuda_roots() -> Iterator[Path]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield Path(os.environ[variable])
-    yield Path("/usr/local/cuda")
+    yield DEFAULT_CUDA_ROOT
 
 
 def find_nvcc() -> Path | None:
@@ -183,7 +184,7 @@ def build_libcuda_stub(folder: Path) -> Path:
     descriptor, scratch = tempfile.mkstemp(prefix="libcuda.", suffix=".part", dir=library.parent)
     os.close(descriptor)
     try:
-        command = [cc, "-x", "c", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", scratch, "-"]
+        command = [str(cc), "-x", "c", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", scratch, "-"]
         done = subprocess.run(command, input=STUB_SOURCE, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BuildError(f"{cc} could not build the stub of libcuda.so.1: {done.stderr.strip()[-2000:]}")

@@ -2,23 +2,24 @@
 """The last pass: a Relax module becomes one shared library, ``model.so``.
 
 How a built library is loaded and called with nothing but ``tvm_ffi`` and the libraries of
-:mod:`gptq_compile.kernels.runtime_libs` (all of it is what ``tests/passes/test_build.py`` and
-``tests/gpu/test_build_cuda.py`` do)::
+:mod:`gptq_compile.kernels.runtime_libs`, as ``tests/passes/test_build.py`` does::
 
-    import ctypes, tvm_ffi                          # tvm_ffi brings its own libtvm_ffi.so
+    import ctypes, tvm_ffi                      # brings its own libtvm_ffi.so; the copy in lib/ is for C++ programs
     ctypes.CDLL("lib/libtvm_runtime.so", mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL("lib/libtvm_runtime_cuda.so")       # CUDA only; registers device_api.cuda. Needs libcuda, libcudart.
+    ctypes.CDLL("lib/libtvm_runtime_cuda.so")   # CUDA only; registers device_api.cuda; needs a driver of CUDA 13
     library = tvm_ffi.load_module("model.so")
-    vm = library["vm_load_executable"]()            # keep both `library` and `vm` alive
-    vm["vm_initialization"](1, 0, 2)                # CPU: triples (DLPack device type, index, allocator 1 naive|2 pooled)
-    vm["vm_initialization"](2, 0, 2, 1, 0, 2)       # CUDA: the device first; the CPU last, for shape arithmetic
-    forward = vm["forward"]                         # call: forward(tensor, ..., tvm_ffi.convert((t0, t1)), ...)
+    vm = library["vm_load_executable"]()        # keep library and vm alive as long as any result
+    vm["vm_initialization"](1, 0, 2)            # CPU: DLPack device type, index, allocator (1 naive, 2 pooled)
+    vm["vm_initialization"](2, 0, 2, 1, 0, 2)   # CUDA: the device first, the CPU last (shape arithmetic)
+    logits = vm["forward"](tensor, tvm_ffi.convert((t0, t1)))
 
-Arguments are ``tvm_ffi.Tensor`` (``tvm_ffi.from_dlpack(numpy_array)`` on the CPU, no copy; the array must be aligned
-to 64 bytes for TVM to take it) or tuples of them, as ``tvm_ffi.Array``. A result is a tensor or an Array.
-Device tensors: ``empty = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")`` and
-``empty(tvm_ffi.Shape(shape), tvm_ffi.dtype("float16"), tvm_ffi.device("cuda", 0), None)``; copies in and out, ordered
-on the current stream, by ``"runtime.TVMTensorCopyFromTo"(source, destination)``.
+Arguments are ``tvm_ffi.Tensor`` and, for tuples, ``tvm_ffi.Array`` of them (convert long tuples once and keep the
+Array); a result is a Tensor or an Array. Tensors come from
+``tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")(tvm_ffi.Shape(shape), tvm_ffi.dtype("float16"),
+tvm_ffi.device("cuda", 0), None)``, on the CPU also without a copy from ``tvm_ffi.from_dlpack(array)``.
+``"runtime.TVMTensorCopyFromTo"(source, destination)`` copies between any two devices on the current stream.
+CUDA kernels are launched on the stream that the *calling thread* set by ``tvm_ffi.use_raw_stream(device, handle)``
+(``TVMFFIEnvSetStream``); the default is the legacy stream 0, which cannot be captured into a graph.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from gptq_compile.kernels.fatbin import archs_in
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.toolchain import Nvcc, require_cc, require_nvcc
 from gptq_compile.kernels.tvm_env import relax, require_cuda_codegen, tvm
-from gptq_compile.passes.default_schedule import MarkScheduled, ScheduleForCpu
+from gptq_compile.passes.default_schedule import KeepKernels, ScheduleLeftovers
 
 logger = logging.getLogger(__name__)
 
@@ -111,18 +112,18 @@ def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> Bu
 def relax_passes(target: Target) -> list[Any]:
     """Lists the passes from Relax operators to VM instructions, in order.
 
-    This is TVM's own list with three differences: written kernels are marked first, CPU leftovers are scheduled too,
-    and RewriteCUDAGraph is left out because the runtime captures whole steps.
+    This is TVM's own list with three differences: kernels are kept out of fusion, CPU leftovers are scheduled too, and
+    RewriteCUDAGraph is left out because the runtime captures whole steps.
     """
     transform = relax.transform
     return [
-        MarkScheduled(),
+        KeepKernels(),
         transform.LegalizeOps(),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),
         transform.FuseTIR(),
-        _schedule_leftovers(target),
+        ScheduleLeftovers(target.kind),
         transform.RewriteDataflowReshape(),
         transform.ToNonDataflow(),
         transform.RemovePurityChecking(),
@@ -137,26 +138,18 @@ def relax_passes(target: Target) -> list[Any]:
     ]
 
 
-def _schedule_leftovers(target: Target) -> Any:
-    if target.kind == "cpu":
-        return ScheduleForCpu()
-    from tvm.s_tir import dlight
-
-    gpu = dlight.gpu
-    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
-    return dlight.ApplyDefaultSchedule(*rules)
-
-
-def _emit(
-    mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, scratch: Path, fast_math: bool
-) -> None:
+def _emit(mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, scratch: Path, fast_math: bool) -> None:
     """Lowers, generates code and links ``library``; failures come out as this project's errors."""
     tvm_target = target.tvm()
     failures: list[GptqCompileError] = []
     compile_cuda = _cuda_compiler(nvcc, target.archs, scratch, fast_math, failures) if nvcc else None
 
     def link(output: str, objects: Sequence[str], **_: Any) -> None:
-        _run([str(cc), "-shared", "-fPIC", "-o", output, *map(str, objects), "-lm"], "linking model.so", failures)
+        _run(
+            [str(cc), "-shared", "-fPIC", "-o", output, *map(str, objects), "-lm"],
+            "linking model.so",
+            failures,
+        )
 
     try:
         with _cuda_callback(compile_cuda), tvm_target:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tvm_ffi
 
+from gptq_compile.errors import BuildError
 from gptq_compile.kernels.tvm_env import tvm
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ LANES = 32
 # Below this many output elements a function stays on one core: waking the thread pool costs about as much as
 # computing 32k elements.
 PARALLEL_ELEMENTS = 32768
+GPU_THREADS = 256
 
 _OPAQUE_PATTERN = 8  # relax OpPatternKind.kOpaque
 
@@ -42,7 +44,10 @@ def is_scheduled(func: Any) -> bool:
         func.body,
         [
             (tvm.tirx.For, lambda loop: marks.append(loop.kind != tvm.tirx.ForKind.SERIAL)),
-            (tvm.tirx.AttrStmt, lambda stmt: marks.append(stmt.attr_key in ("thread_extent", "virtual_thread"))),
+            (
+                tvm.tirx.AttrStmt,
+                lambda stmt: marks.append(stmt.attr_key in ("thread_extent", "virtual_thread")),
+            ),
             (tvm.s_tir.SBlock, lambda _: blocks.append(True)),
         ],
         order="post",
@@ -54,40 +59,105 @@ def _mark(func: Any) -> Any:
     return func.with_attr("tirx.is_scheduled", True)
 
 
-@tvm.transform.module_pass(opt_level=0, name="MarkScheduled")
-class MarkScheduled:
-    """Marks the written kernels, before anything is legalized, so that they are neither fused nor scheduled again."""
+@tvm.transform.module_pass(opt_level=0, name="KeepKernels")
+class KeepKernels:
+    """Marks the PrimFuncs that are there before operators are legalized, so that they are kept as they are.
+
+    None of them is fused with operators around it: a kernel's loops are its schedule, and an in-place kernel must
+    not move. Those without a schedule still get one.
+    """
 
     def transform_module(self, mod: Any, _: Any) -> Any:
-        """Returns ``mod`` with every scheduled PrimFunc marked, and opaque to operator fusion."""
+        """Returns ``mod`` with every PrimFunc opaque to operator fusion and the scheduled ones marked."""
         mod = mod.clone()
         for var, func in mod.functions_items():
-            if isinstance(func, tvm.tirx.PrimFunc) and is_scheduled(func):
-                mod[var] = _mark(func).with_attr("op_pattern", _OPAQUE_PATTERN)
+            if isinstance(func, tvm.tirx.PrimFunc):
+                kept = _mark(func) if is_scheduled(func) else func
+                mod[var] = kept.with_attr("op_pattern", _OPAQUE_PATTERN)
         return mod
 
 
-@tvm.transform.module_pass(opt_level=0, name="ScheduleForCpu")
-class ScheduleForCpu:
-    """Gives every PrimFunc that is not scheduled yet the default CPU schedule."""
+@tvm.transform.module_pass(opt_level=0, name="ScheduleLeftovers")
+class ScheduleLeftovers:
+    """Gives every PrimFunc that is not scheduled yet a default schedule.
+
+    Attributes:
+        kind: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     def transform_module(self, mod: Any, _: Any) -> Any:
-        """Returns ``mod``; a function the rule cannot handle keeps its serial loops."""
+        """Returns ``mod``; on the CPU a function that no rule can handle keeps its serial loops.
+
+        Raises:
+            BuildError: if a function cannot be mapped to GPU threads.
+        """
         mod = mod.clone()
         for var, func in mod.functions_items():
             if not isinstance(func, tvm.tirx.PrimFunc) or is_scheduled(func):
                 continue
-            try:
-                scheduled = _schedule_cpu(func)
-            except tvm.s_tir.ScheduleError as error:
-                logger.debug("%s keeps serial loops: %s", var.name_hint, error)
-                scheduled = None
+            scheduled = schedule_cpu(func) if self.kind == "cpu" else schedule_gpu(func)
             if scheduled is not None:
                 mod[var] = _mark(scheduled)
+            elif self.kind == "cuda":
+                raise BuildError(
+                    f"The function {var.name_hint} has no GPU schedule and no default one fits it. "
+                    f"Bind its loops to threads in the kernel that makes it."
+                )
+            else:
+                logger.debug("%s keeps its serial loops", var.name_hint)
         return mod
 
 
-def _schedule_cpu(func: Any) -> Any | None:
+def schedule_gpu(func: Any) -> Any | None:
+    """Returns ``func`` with its loops bound to GPU threads by the first rule that can, else None."""
+    from tvm.s_tir import dlight
+
+    gpu = dlight.gpu
+    target = tvm.target.Target.current(allow_none=False)
+    for rule in (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback()):
+        try:
+            schedule = rule.apply(func, target, False)
+        except tvm.s_tir.ScheduleError as error:
+            logger.debug("%s does not fit: %s", type(rule).__name__, error)
+            continue
+        if schedule is not None:
+            schedule = schedule[0] if isinstance(schedule, list) else schedule
+            return schedule.mod["main"]
+    return _bind_in_place(func)
+
+
+def _bind_in_place(func: Any) -> Any | None:
+    """Schedules a function of one data-parallel block that reads what it writes.
+
+    TVM's schedule checks refuse such blocks, because in general another iteration could read the element. A spatial
+    block axis promises that iterations are independent, so the checks are turned off for this one case.
+    """
+    from tvm.s_tir.dlight.analysis import normalize_prim_func
+
+    sch = tvm.s_tir.Schedule(func, enable_check=False)
+    infos = normalize_prim_func(sch)
+    if not infos or len(infos) != 1 or set(infos[0].dom_kind()) != {"S"}:
+        return None
+    points = sch.fuse(*sch.get_loops(infos[0].block_rv))
+    block, thread = sch.split(points, factors=[None, GPU_THREADS])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(thread, "threadIdx.x")
+    return sch.mod["main"]
+
+
+def schedule_cpu(func: Any) -> Any | None:
+    """Returns ``func`` with rows shared over the cores and reductions vectorized, or None if no rule fits."""
+    try:
+        return _schedule_rows(func)
+    except tvm.s_tir.ScheduleError as error:
+        logger.debug("no row schedule: %s", error)
+        return None
+
+
+def _schedule_rows(func: Any) -> Any | None:
     from tvm.s_tir.dlight.analysis import normalize_prim_func
     from tvm.s_tir.dlight.base import try_inline
 

@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tvm_ffi
 
 from gptq_compile.errors import BuildError, OutputError
 from gptq_compile.kernels import toolchain
 from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import I, R, T, tvm
-from gptq_compile.passes import build as build_module
 from gptq_compile.passes.build import build, gencode_flags, relax_passes
 from gptq_compile.passes.default_schedule import is_scheduled
 
@@ -72,7 +74,6 @@ RUN = textwrap.dedent(
     vm = library["vm_load_executable"]()
     vm["vm_initialization"](1, 0, 2)
     data = np.load(folder + "/in.npz")
-    # np.load may return arrays at any address; TVM's code may use aligned loads.
     empty = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
     def tensor(array):
         made = empty(tvm_ffi.Shape(array.shape), tvm_ffi.dtype(str(array.dtype)), tvm_ffi.device("cpu", 0), None)
@@ -82,9 +83,9 @@ RUN = textwrap.dedent(
     out = vm["main"](tensor(data["x"]), tvm_ffi.convert((tensor(data["w"]), cache)))
     mean, normed, kept = (np.from_dlpack(t) for t in out)
     np.savez(folder + "/out.npz", mean=mean, normed=normed, kept=kept, cache=np.from_dlpack(cache))
-    maps = open("/proc/self/maps").read()
-    print(json.dumps({"modules": sorted(m for m in sys.modules if m.split(".")[0] in ("tvm", "torch") and sys.modules[m]),
-                      "mapped": sorted({l.split()[-1] for l in maps.splitlines() if "libtvm" in l})}))
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if "libtvm" in line}
+    loaded = [name for name, module in sys.modules.items() if module and name.split(".")[0] in ("tvm", "torch")]
+    print(json.dumps({"modules": loaded, "mapped": sorted(mapped)}))
     """
 )
 
@@ -115,6 +116,7 @@ def test_cpu_library_runs_without_the_compiler(tmp_path: Path) -> None:
     assert seen["modules"] == []
     assert not [path for path in seen["mapped"] if "libtvm_compiler" in path]
     assert str(tmp_path / "lib" / "libtvm_runtime.so") in seen["mapped"]
+    assert len([path for path in seen["mapped"] if path.endswith("/libtvm_ffi.so")]) == 1, "two registries"
 
     scaled = x.astype(np.float64) * w
     normed = scaled / np.sqrt((scaled**2).mean(-1, keepdims=True) + 1e-5) * w
@@ -125,3 +127,157 @@ def test_cpu_library_runs_without_the_compiler(tmp_path: Path) -> None:
         np.testing.assert_allclose(out["mean"], (normed + x).mean(-1), rtol=2e-6, atol=2e-6)
         np.testing.assert_allclose(out["kept"], cache64, rtol=2e-6, atol=2e-6)
         np.testing.assert_array_equal(out["cache"], out["kept"], err_msg="the cache was copied, not changed in place")
+
+
+@I.ir_module
+class Written:
+    """A kernel with its own schedule between two operators it could be fused with."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def double(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):
+        for b in T.thread_binding(2, thread="blockIdx.x"):
+            for t in T.thread_binding(32, thread="threadIdx.x"):
+                y[b * 32 + t] = x[b * 32 + t] * T.float32(2)
+
+    @R.function
+    def main(x: R.Tensor((64,), "float32")) -> R.Tensor((64,), "float32"):
+        cls = Written
+        with R.dataflow():
+            once = R.add(x, x)
+            twice = R.call_tir(cls.double, (once,), R.Tensor((64,), "float32"))
+            out = R.add(twice, x)
+            R.output(out)
+        return out
+
+
+def lowered_functions(mod: Any, target: Target) -> dict[str, Any]:
+    """Runs the passes up to and including the default schedules."""
+    names = [p.info.name for p in relax_passes(target)]
+    with target.tvm():
+        mod = tvm.transform.Sequential(relax_passes(target)[: names.index("ScheduleLeftovers") + 1])(mod)
+    return {v.name_hint: f for v, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
+
+
+def test_leftovers_on_the_cpu_are_vectorized_and_shared_out() -> None:
+    functions = lowered_functions(Sample, Target.parse("cpu"))
+    for name in ("rms_norm", "mean"):
+        text = functions[name].script()
+        assert "T.parallel(n)" in text and "T.vectorized(T.int64(32))" in text, text
+    assert "T.parallel(n)" in functions["multiply"].script()
+
+
+def test_written_kernels_are_left_alone() -> None:
+    functions = lowered_functions(Written, Target.parse("cuda:sm_80"))
+    assert tvm_ffi.structural_equal(functions["double"].body, Written["double"].body)
+    assert set(functions) == {"double", "add"}, "an operator was fused into the kernel"
+    assert not is_scheduled(Sample["add_rows"])
+    assert is_scheduled(Sample["add_rows"].with_attr("tirx.is_scheduled", True))
+
+
+def test_passes_do_not_change_their_input() -> None:
+    before = Sample.script()
+    lowered_functions(Sample, Target.parse("cpu"))
+    assert Sample.script() == before
+
+
+@needs_nvcc
+def test_cuda_library_holds_code_for_every_architecture(tmp_path: Path) -> None:
+    info = build(Sample, Target.parse("cuda:sm_80,sm_90"), tmp_path / "model.so")
+    assert info.archs == ("sm_80", "sm_90", "compute_90")
+    # An independent reader: the ELF files inside, with the architecture in e_flags (byte 1 since CUDA ABI 8, else 0).
+    data = (tmp_path / "model.so").read_bytes()
+    elves = set()
+    at = data.find(b"\x7fELF", 4)
+    while at >= 0:
+        if int.from_bytes(data[at + 18 : at + 20], "little") == 190:  # EM_CUDA
+            elves.add(data[at + 0x30 + (data[at + 8] >= 8)])
+        at = data.find(b"\x7fELF", at + 4)
+    assert elves == {80, 90}
+
+
+def libraries_mapped_by(code: str, *args: Path) -> set[str]:
+    """Runs ``code`` in a bare Python and returns the paths of the TVM and CUDA libraries it has mapped."""
+    code += "\nprint({l.split()[-1] for l in open('/proc/self/maps') if 'libtvm' in l or 'libcuda' in l})"
+    command = [sys.executable, "-c", "import ctypes, sys\n" + code, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    return set(ast.literal_eval(done.stdout))
+
+
+def test_runtime_libraries_need_only_their_own_folder(tmp_path: Path) -> None:
+    copies = copy_runtime_libraries(Target.parse("cpu"), tmp_path / "moved" / "lib")
+    mapped = libraries_mapped_by("ctypes.CDLL(sys.argv[1])", copies[-1])
+    assert mapped == {str(copy) for copy in copies}
+
+
+@pytest.mark.skipif(toolchain.find_cudart() is None, reason="libcudart.so.13 is not installed")
+@pytest.mark.skipif(toolchain.find_cc() is None, reason="no C compiler is installed")
+def test_cuda_runtime_libraries_need_only_their_own_folder_and_the_driver(tmp_path: Path) -> None:
+    copies = copy_runtime_libraries(Target.parse("cuda:sm_80"), tmp_path / "lib")
+    driver = toolchain.build_libcuda_stub(tmp_path)
+    mapped = libraries_mapped_by("ctypes.CDLL(sys.argv[1]); ctypes.CDLL(sys.argv[2])", driver, copies[-1])
+    assert mapped == {str(copy) for copy in copies} | {str(driver)}
+
+
+def test_architecture_flags() -> None:
+    assert gencode_flags(["sm_80", "sm_90a"]) == [
+        *("-gencode", "arch=compute_80,code=sm_80"),
+        *("-gencode", "arch=compute_90a,code=sm_90a"),
+        *("-gencode", "arch=compute_80,code=compute_80"),
+    ]
+    assert "code=compute_90a" not in " ".join(gencode_flags(["sm_90a"]))
+
+
+def fake_nvcc(folder: Path, compile_command: str) -> Path:
+    """Writes a program that introduces itself as nvcc 13.0 and compiles with ``compile_command``."""
+    path = folder / "nvcc"
+    path.write_text(
+        "#!/bin/sh\ncase $1 in\n--version) echo 'release 13.0, V13.0.88';;\n"
+        f"--list-gpu-code) echo sm_80;;\n*) {compile_command};;\nesac\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_failing_nvcc_says_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path, "echo 'kernels.cu(7): error: bad lane' >&2; exit 2")))
+    with pytest.raises(BuildError, match=r"kernels.cu\(7\): error: bad lane"):
+        build(Sample, Target.parse("cuda:sm_80"), tmp_path / "model.so")
+    assert [p.name for p in tmp_path.iterdir()] == ["nvcc"]
+
+
+def test_unknown_architecture_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path, "exit 1")))
+    with pytest.raises(BuildError, match="cannot emit code for sm_90"):
+        build(Sample, Target.parse("cuda:sm_80,sm_90"), tmp_path / "model.so")
+
+
+def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BuildError, match="No C compiler"):
+        build(Sample, Target.parse("cpu"), tmp_path / "model.so")
+    monkeypatch.setattr(toolchain, "DEFAULT_CUDA_ROOT", tmp_path / "none")
+    with pytest.raises(BuildError, match="nvcc was not found"):
+        toolchain.require_nvcc(["sm_80"])
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="could not be written"):
+        build(Sample, Target.parse("cpu"), tmp_path / "no such folder" / "model.so")
+    (tmp_path / "model.so").mkdir()
+    with pytest.raises(OutputError):
+        build(Sample, Target.parse("cpu"), tmp_path / "model.so")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.so"]
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linker = tmp_path / "cc"
+    linker.write_text("#!/bin/sh\necho '/usr/bin/ld: final link failed: No space left on device' >&2; exit 1\n")
+    linker.chmod(0o755)
+    monkeypatch.setenv("CC", str(linker))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="disk is full"):
+        build(Sample, Target.parse("cpu"), tmp_path / "out" / "model.so")
+    assert not list((tmp_path / "out").iterdir())
