@@ -17,6 +17,8 @@ from gptq_compile.kernels.tvm_env import T
 WEIGHT_ONE = 1 << 30
 # Smallest finite float32.
 LOWEST = -3.4028234663852886e38
+# `key_of` minus infinity.
+LEAST_KEY = -2139095041
 # exp(-x) * 2^30 rounds to 0 for x > 31 ln(2) = 21.49.
 WEIGHTLESS = 22.0
 _INFINITY_BITS = 0x7F800000
@@ -86,3 +88,9 @@ def penalized(logit: Any, seen: Any, penalty: Any) -> Any:
     """A logit under the repetition penalty: divided when positive, multiplied otherwise, untouched when not seen."""
     changed = T.Select(logit > tm.f32(0.0), logit / penalty, logit * penalty)
     return T.Select(seen != T.uint8(0), changed, logit)
+
+
+def kept(x: Any, low: Any, top: Any, temperature: Any, lightest: Any) -> Any:
+    """The integer weight of a logit under both filters, 0 when it is dropped."""
+    value = weight(x, low, top, temperature)
+    return T.Select(value >= lightest, value, T.int32(0))

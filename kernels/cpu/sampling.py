@@ -100,7 +100,7 @@ def _sample(case: Case, target: Target) -> Any:
                     # Below this the weight rounds to 0.
                     low: T.float32 = T.max(top - T.float32(sm.WEIGHTLESS) * divisor, T.float32(sm.LOWEST))
                     if top_k[row] > 0 and top_k[row] < V:
-                        least: T.int64 = sm.key_of(T.float32(sm.LOWEST)) - T.int64(1)
+                        least: T.int64 = T.int64(sm.LEAST_KEY)
                         beyond: T.int64 = sm.key_of(top) + T.int64(1)
                         while beyond - least > T.int64(1):
                             middle: T.let[T.int64] = (least + beyond) >> T.int64(1)
