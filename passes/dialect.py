@@ -343,3 +343,28 @@ def packed_linear(
 @packed_linear.register_fake
 def _(x, packed, bias, suffixes, layout, bits, group_size, out_features, has_zeros):
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_linear", mutates_args=())
+def expert_linear(
+    x: Tensor, weight: Tensor, expert: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """``x[i] @ weight[expert[i]]^T + bias[expert[i]]``: a linear layer whose weight is chosen row by row.
+
+    Both layers of a mixture of experts are this op (arXiv 2101.03961 section 2.1).
+
+    Shapes: x ``[..., K]``; weight ``[experts, N, K]``, or ``[experts, K, N]`` if ``transposed``; expert int64 ``[...]``;
+    bias ``[experts, N]``; result ``[..., N]``.
+    """
+    rows, ids = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
+    out = x.new_empty((rows.shape[0], weight.shape[-1 if transposed else 1]))
+    for e in ids.unique().tolist():
+        chosen = (ids == e).nonzero()[:, 0]
+        w = weight[e].T if transposed else weight[e]
+        out[chosen] = F.linear(rows[chosen], w.to(x.dtype), None if bias is None else bias[e].to(x.dtype))
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+@expert_linear.register_fake
+def _(x, weight, expert, bias=None, transposed=False):
+    return x.new_empty((*x.shape[:-1], weight.shape[-1 if transposed else 1]))

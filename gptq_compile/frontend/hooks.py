@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import gptq_compile.passes.dialect  # noqa: F401  registers the ops
@@ -115,13 +116,78 @@ def attention_hook(
     return out, None
 
 
+def experts_hook(
+    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Experts function for transformers: two ``gptq_compile::expert_linear`` around the module's own gate.
+
+    Args:
+        module: an experts module, which describes itself (``has_gate``, ``has_bias``, ``is_transposed`` ...).
+        hidden_states: ``[n, hidden]``.
+        top_k_index: ``[n, k]`` the experts of each token. ``top_k_weights``: ``[n, k]`` their shares.
+
+    Returns:
+        ``[n, hidden]``.
+    """
+    n, k = top_k_index.shape
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        return torch.ops.gptq_compile.expert_linear(
+            x, getattr(module, name), top_k_index, bias, bool(module.is_transposed)
+        )
+
+    x = hidden_states.unsqueeze(1).expand(n, k, hidden_states.shape[-1])
+    x = linear(x, first)
+    x = linear(module._apply_gate(x) if module.has_gate else module.act_fn(x), "down_proj")  # type: ignore[operator]
+    if getattr(module, "has_post_expert_norm", False):
+        x = module.post_expert_norm(x)  # type: ignore[operator]
+    return (x * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+
+class KeepConstants(TorchFunctionMode):
+    """Keeps the values of constants that a model makes while it is traced on meta, where they would be lost.
+
+    ``x[..., [3], :]`` becomes a slice (torch would make a tensor of the list on the device of ``x``), and
+    ``torch.tensor(values, device="meta")`` is made on the CPU first.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            x, index = args
+            items = index if isinstance(index, tuple) else (index,)
+            plain = tuple(_as_slice(i) for i in items)
+            if any(a is not b for a, b in zip(items, plain, strict=True)):
+                return func(x, plain)
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            if isinstance(args[0], int | float):
+                full = {k: v for k, v in kwargs.items() if k in ("dtype", "device")}
+                full.setdefault("dtype", torch.tensor(args[0]).dtype)
+                return torch.full((), args[0], **full)
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+def _as_slice(item: Any) -> Any:
+    if not (isinstance(item, list) and item and all(type(i) is int for i in item)):
+        return item
+    first, last = item[0], item[-1]
+    if item != list(range(first, first + len(item))) or first < 0 <= last:
+        return item
+    return slice(first, last + 1 if last != -1 else None)
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """Registers the hooks with transformers for the duration of a trace."""
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers.integrations.moe import ExpertsInterface
 
     AttentionInterface.register(IMPLEMENTATION, attention_hook)
     AttentionMaskInterface.register(IMPLEMENTATION, mask_hook)
+    ExpertsInterface.register(IMPLEMENTATION, experts_hook)
     # The trace holds one sequence, so there is nothing to detect about packed ones; the detection would otherwise
     # put position_ids into the mask predicate.
     with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):

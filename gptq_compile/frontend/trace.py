@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from gptq_compile.errors import ModelError
 from gptq_compile.frontend import hooks
-from gptq_compile.passes.program import ModelInfo, ParamStore, Program
+from gptq_compile.passes.program import ModelInfo, ParamStore, Program, where
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,12 @@ def build_model(config: Any, attention: str) -> nn.Module:
     try:
         with _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=attention,
+                experts_implementation=hooks.IMPLEMENTATION,
+                dtype=torch.float32,
+            )
     except ValueError as e:
         raise ModelError(f"transformers cannot build a causal language model of type {config.model_type!r}: {e}") from e
     return model.eval().requires_grad_(False)
@@ -143,16 +148,24 @@ def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, dict[str, T
     """Exports on meta; returns the program and the real values of the buffers."""
     buffers = {k: v.detach().clone() for k, v in model.named_buffers() if v.device.type != "meta"}
     model = model.to("meta")
-    n = torch.export.Dim("n", min=2, max=1 << 20)
     m = torch.export.Dim("m", min=2, max=1 << 20)
     ids = torch.zeros((1, _TRACE_TOKENS), dtype=torch.long, device="meta")
     rows = torch.zeros(_TRACE_TOKENS - 2, dtype=torch.long, device="meta")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            _CausalLM(model), (ids, ids.clone(), rows), dynamic_shapes=({1: n}, {1: n}, {0: m}), strict=False
-        )
-        return exported.run_decompositions({}), buffers
+    context = context_length(model.config)
+    # Models that slice tables (masks, biases) of their context length bound n, some one short of it.
+    for longest in (1 << 20, context, context - 1):
+        n = torch.export.Dim("n", min=2, max=longest)
+        with torch.no_grad(), warnings.catch_warnings(), hooks.KeepConstants():
+            warnings.simplefilter("ignore")
+            try:
+                exported = torch.export.export(
+                    _CausalLM(model), (ids, ids.clone(), rows), dynamic_shapes=({1: n}, {1: n}, {0: m}), strict=False
+                )
+                return exported.run_decompositions({}), buffers
+            except torch._dynamo.exc.UserError as e:
+                if "Constraints violated" not in str(e) or longest < context:
+                    raise
+    raise AssertionError("the last length raises")
 
 
 def _to_program(
@@ -183,7 +196,13 @@ def _to_program(
             params.set(target, buffers[target])
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             target = f"constants.{target}"
-            params.set(target, exported.constants[spec.target])  # type: ignore[index]
+            constant = exported.constants[spec.target]  # type: ignore[index]
+            if constant.device.type == "meta" and node.users:
+                raise ModelError(
+                    f"The {config.model_type} model makes a tensor of constants while it runs, whose values the trace "
+                    f"cannot see: {where(next(iter(node.users)))}."
+                )
+            params.set(target, constant)
         if node.users and target not in params:
             raise ModelError(
                 f"The checkpoint has no tensor for {target!r}, which the {config.model_type} model uses. "
