@@ -3,8 +3,33 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+PANEL = 32  # columns per panel where each column costs several operations: panels stay in cache
+FUSED_PANEL = 128  # columns per panel where a panel is one launch
+
+
+@functools.cache
+def _fused() -> Callable[..., Tensor] | None:
+    """The one-launch CUDA version, or None without Triton (an optional part of torch's CUDA wheels)."""
+    try:
+        from gptq_compile.passes.gptq.columns_triton import quantize_panel_fused
+    except ImportError as error:
+        log.warning("Triton cannot be imported (%s); GPTQ's column loop launches seven kernels a column.", error)
+        return None
+    return quantize_panel_fused
+
+
+def panel_width(device: torch.device) -> int:
+    """Columns per panel that are fastest on a device."""
+    return FUSED_PANEL if device.type == "cuda" and _fused() is not None else PANEL
 
 
 def quantize_panel(
@@ -33,6 +58,8 @@ def quantize_panel(
     Returns:
         Codes u8[P, N].
     """
+    if work.is_cuda and (fused := _fused()) is not None:
+        return fused(work, upper, scales, zeros, top, error)
     low, high = -zeros, top - zeros
     steps = torch.empty_like(work)  # code - zero
     columns, errors, rounded = work.unbind(0), error.unbind(0), steps.unbind(0)

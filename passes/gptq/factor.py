@@ -25,7 +25,8 @@ class Factor:
         hessian: f32[K, K] H / scale in natural column order, symmetric as given; None when H is not finite or zero.
         scale: mean(diag(H)) over the columns that are not dead. GPTQ does not depend on it; dividing by it keeps
             1e-30 and 1e30 inside float32.
-        upper: f32[K, K] upper U with U^T U = (H + damp)^-1 in processing order, or None (round to nearest).
+        upper: f32[K, K] upper U with U^T U = (H + damp)^-1 in processing order, or None (round to nearest);
+            rows are contiguous.
         order: i64[K] natural column at each processing position, or None for the natural order.
         dead: bool[K], natural order: columns whose activation is always zero.
         damp: Damping used, as a fraction of `scale`.
@@ -121,5 +122,6 @@ def _inverse_factor(h: Tensor, damp: float) -> Tensor | None:
         return None
     identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    upper = inverse.flip(0, 1).float()
+    # LAPACK and cuSOLVER hand back columns; the column loop reads rows.
+    upper = inverse.flip(0, 1).float().contiguous()
     return upper if bool(torch.isfinite(upper).all()) else None

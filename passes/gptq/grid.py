@@ -20,7 +20,9 @@ MIN_SCALE = 2.0**-24
 SHRINK_STEPS = 100  # the reference quantizer's grid and maxshrink: ranges of 100 %, 99 %, ... 21 %
 SHRINK_TRIES = 80
 UNWEIGHTED_NORM = 2.4
-_CHUNK = 1 << 22  # elements searched at a time, so that the search's temporaries stay small
+# Elements searched at a time: few launches on a GPU, temporaries that stay in cache on a CPU.
+_CHUNK = 1 << 24
+_CHUNK_CPU = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -109,23 +111,23 @@ def to_fp16_nearest(scale: Tensor) -> Tensor:
 def fit(
     weight: Tensor, bits: int, sym: bool, mse: bool = False, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Fit one grid to each row.
+    """Fit one grid to each row of each group.
 
     Min-max as the GPTQ reference quantizer: the range always includes 0, an all-zero row gets [-1, 1]; symmetric
     ranges are [-m, m], m = max |w|, with scale 2m / (2^bits - 1) and zero point 2^(bits-1).
 
     Args:
-        weight: f32[R, C].
+        weight: f32[N, G, C], C columns of a group.
         bits: Bits of a code.
         sym: Symmetric grid.
         mse: Search shrunken ranges. The criterion is sum(importance * error^2), or sum(|error|^2.4) as in the
             reference quantizer when there is no importance.
-        importance: f32[C], not negative: diag(H) of the columns.
+        importance: f32[G, C], not negative: diag(H) of the columns.
 
     Returns:
-        scale f32[R] (float16 numbers) and zero f32[R] (whole numbers in 0..2^bits-1).
+        scale f32[N, G] (float16 numbers) and zero f32[N, G] (whole numbers in 0..2^bits-1).
     """
-    low, high = torch.aminmax(weight, dim=1)
+    low, high = torch.aminmax(weight, dim=-1)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if sym:
         high = torch.maximum(-low, high)
@@ -135,39 +137,54 @@ def fit(
     top = (1 << bits) - 1
     exact = high / top - low / top  # not (high - low) / top: the difference may overflow
     scale = to_fp16_up(exact)
-
-    def zero_of(low: Tensor, scale: Tensor) -> Tensor:
-        if sym:
-            return torch.full_like(scale, 1 << (bits - 1))
-        return torch.round(-low / scale).clamp_(0, top)
-
-    zero = zero_of(low, scale)
-    if not mse:
-        return scale, zero
-    step = max(1, _CHUNK // max(1, weight.shape[1]))
-    for r in range(0, weight.shape[0], step):
-        part = slice(r, r + step)
-        w, s_best, z_best = weight[part], scale[part], zero[part]
-        best = _grid_error(w, s_best, z_best, top, importance)
-        for i in range(1, SHRINK_TRIES):
-            p = 1 - i / SHRINK_STEPS
-            s = to_fp16_nearest(exact[part] * p)
-            z = zero_of(low[part] * p, s)
-            error = _grid_error(w, s, z, top, importance)
-            better = error < best
-            best = torch.where(better, error, best)
-            # Slices of scale and zero: written in place.
-            s_best.copy_(torch.where(better, s, s_best))
-            z_best.copy_(torch.where(better, z, z_best))
+    zero = _zero(low, scale, top, sym)
+    if mse:
+        chunk = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK
+        step = max(1, chunk // max(1, weight[0].numel()))
+        for r in range(0, weight.shape[0], step):
+            part = slice(r, r + step)
+            _search(weight[part], exact[part], low[part], scale[part], zero[part], top, sym, importance)
     return scale, zero
 
 
-def _grid_error(weight: Tensor, scale: Tensor, zero: Tensor, top: int, importance: Tensor | None) -> Tensor:
-    s, z = scale.unsqueeze(1), zero.unsqueeze(1)
-    error = (weight / s).round_().clamp_(-z, top - z).mul_(s).sub_(weight)
+def _zero(low: Tensor, scale: Tensor, top: int, sym: bool) -> Tensor:
+    if sym:
+        return torch.full_like(scale, (top + 1) // 2)
+    return torch.round(-low / scale).clamp_(0, top)
+
+
+def _search(
+    weight: Tensor,
+    exact: Tensor,
+    low: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
+    sym: bool,
+    importance: Tensor | None,
+) -> None:
+    """Replace scale and zero, in place, where a shrunken range has a smaller error."""
+    room = torch.empty_like(weight)
+    best = _grid_error(weight, scale, zero, top, importance, room)
+    for i in range(1, SHRINK_TRIES):
+        p = 1 - i / SHRINK_STEPS
+        s = to_fp16_nearest(exact * p)
+        z = _zero(low * p, s, top, sym)
+        error = _grid_error(weight, s, z, top, importance, room)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale.copy_(torch.where(better, s, scale))
+        zero.copy_(torch.where(better, z, zero))
+
+
+def _grid_error(
+    weight: Tensor, scale: Tensor, zero: Tensor, top: int, importance: Tensor | None, room: Tensor
+) -> Tensor:
+    s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    error = torch.div(weight, s, out=room).round_().clamp_(-z, top - z).mul_(s).sub_(weight)
     if importance is None:
-        return error.abs_().pow_(UNWEIGHTED_NORM).sum(1)
-    return error.square_().matmul(importance)
+        return error.abs_().pow_(UNWEIGHTED_NORM).sum(-1)
+    return error.square_().mul_(importance).sum(-1)
 
 
 def fit_groups(
@@ -188,22 +205,13 @@ def fit_groups(
     """
     n, k = weight.shape
     size = k if group_size == -1 else group_size
-    groups = -(-k // size)
-    scales = torch.empty(n, groups, dtype=torch.float32, device=weight.device)
+    scales = torch.empty(n, -(-k // size), dtype=torch.float32, device=weight.device)
     zeros = torch.empty_like(scales)
     for columns, g in _blocks(k, size):
-        w = weight[:, columns].float()
         count = g.stop - g.start
-        if importance is None:
-            s, z = fit(w.reshape(n * count, -1), bits, sym, mse)
-            scales[:, g], zeros[:, g] = s.view(n, count), z.view(n, count)
-            continue
-        width = w.shape[1] // count
-        for j in range(count):
-            part = slice(j * width, (j + 1) * width)
-            start = columns.start
-            chosen = importance[start + part.start : start + part.stop]
-            scales[:, g.start + j], zeros[:, g.start + j] = fit(w[:, part], bits, sym, mse, chosen)
+        chosen = None if importance is None else importance[columns].unflatten(0, (count, -1))
+        w = weight[:, columns].float().unflatten(1, (count, -1))
+        scales[:, g], zeros[:, g] = fit(w, bits, sym, mse, chosen)
     return Grid(scales, None if sym else zeros.to(torch.uint8), bits, size)
 
 

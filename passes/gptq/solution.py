@@ -27,7 +27,7 @@ class SolveStats:
             fitted to the other columns.
         rtn_rows: Rows that kept round-to-nearest codes because GPTQ's were worse for them.
         objective: Of these codes.
-        objective_rtn: Of round-to-nearest with the same settings.
+        objective_rtn: Of round-to-nearest with the same settings (and dead columns, and clipping weights).
         relative_error: objective / tr(W H W^T).
         relative_error_rtn: objective_rtn / tr(W H W^T).
         seconds: Wall time, without factoring a Hessian that was given factored.

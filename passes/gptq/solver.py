@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from gptq_compile.errors import ConfigError
-from gptq_compile.passes.gptq.columns import quantize_panel
+from gptq_compile.passes.gptq.columns import panel_width, quantize_panel
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import Factor, factorize
-from gptq_compile.passes.gptq.grid import Grid, fit, fit_groups, zero_points
+from gptq_compile.passes.gptq.grid import fit, fit_groups, zero_points
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.rtn import check_weight, rtn
 from gptq_compile.passes.gptq.solution import RowErrors, Solution, no_errors, row_quadratic, with_errors
-
-PANEL = 32  # columns whose mutual updates are vector operations; between panels they are matrix products
 
 
 @torch.no_grad()
@@ -51,28 +49,29 @@ def solve(
         raise ConfigError(f"{name} has {k} input features but its Hessian has {factor.dead.shape[0]}.")
     check_weight(weight, name)
     w = weight.float()
-    baseline = rtn(w, config, name=name)
     dead = int(factor.dead.sum())
     if factor.hessian is None:
         stats = no_errors("rtn", f"{factor.reason}: rounded to nearest", 0.0, factor.damp, dead)
-        return replace(baseline, stats=replace(stats, seconds=time.perf_counter() - start))
+        return replace(rtn(w, config, name=name), stats=replace(stats, seconds=time.perf_counter() - start))
 
+    # Grids of rounding: with a clipping search, weighted by the same Hessian, so that the comparison is fair.
+    by_name = config.method == "rtn"
+    baseline = rtn(w, config, name=name) if by_name else _rounded(w, factor, config)
     energy = row_quadratic(w, factor.hessian, factor.scale)
     error_rtn = row_quadratic(w - baseline.weight, factor.hessian, factor.scale)
     reason = factor.reason
-    if config.method == "rtn" or factor.upper is None:
-        if config.method == "rtn":
-            reason = None
+    if by_name or factor.upper is None:
+        reason = None if by_name else f"{factor.reason}: rounded to nearest"
         solution, errors = (
             baseline,
             RowErrors(error_rtn, error_rtn, energy, torch.ones_like(energy, dtype=torch.bool)),
         )
     else:
-        solution = _column_loop(w, factor, config)
+        solution = _column_loop(w, factor, config, baseline)
         error = row_quadratic(w - solution.weight, factor.hessian, factor.scale)
         solution, errors, worse = _keep_better(solution, error, baseline, error_rtn, energy)
         reason = "; ".join(r for r in (reason, worse) if r) or None
-    if dead:
+    if dead and not by_name:
         note = f"{dead} dead columns rounded to nearest"
         reason = f"{reason}; {note}" if reason else note
     stats = no_errors("gptq", reason, 0.0, factor.damp, dead)
@@ -118,26 +117,40 @@ def _keep_better(
     return solution, errors, reason
 
 
-def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
+def _rounded(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
+    """Round to nearest in natural order, on grids that know which columns matter."""
+    assert factor.hessian is not None
+    size = config.group_for(w.shape[1])
+    alive = _alive(factor)
+    importance = factor.hessian.diagonal() if config.mse else None
+    grid = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.mse, importance)
+    stats = no_errors("rtn", None, 0.0)
+    return Solution(grid.quantize(w), grid.scales, grid.zeros, None, config.wbits, size, stats)
+
+
+def _alive(factor: Factor) -> Tensor | None:
+    return (~factor.dead).float() if bool(factor.dead.any()) else None
+
+
+def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Solution) -> Solution:
     """Algorithm 1: w f32[N, K] in natural order -> solution without stats.
 
     Works on the transpose, so that a column's N weights are contiguous. Blocks and panels are cut such that whenever
-    a group's grid is fitted, every column of the group carries all corrections of the columns before it.
+    a group's grid is fitted, every column of the group carries all corrections of the columns before it. Static
+    groups take the grids of `rounded`.
     """
     assert factor.upper is not None and factor.hessian is not None
     n, k = w.shape
     size, count = config.group_for(k), config.groups_in(k)
     order, upper = factor.order, factor.upper
     importance = factor.hessian.diagonal() if config.mse else None
-    alive = (~factor.dead).float() if bool(factor.dead.any()) else None
-    upfront: Grid | None = None
+    alive = _alive(factor)
     if config.static_groups:
-        upfront = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.mse, importance)
-    scales = torch.empty(count, n, device=w.device) if upfront is None else upfront.scales.t().contiguous()
-    if upfront is None:
-        zeros = torch.empty_like(scales)
+        scales = rounded.scales.t().contiguous()
+        zeros = zero_points(rounded.scales, rounded.zeros, config.wbits).t().contiguous()
     else:
-        zeros = zero_points(upfront.scales, upfront.zeros, config.wbits).t().contiguous()
+        scales = torch.empty(count, n, device=w.device)
+        zeros = torch.empty_like(scales)
 
     work = w.t().contiguous() if order is None else w.t()[order]
     if work.data_ptr() == w.data_ptr():
@@ -147,20 +160,23 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
         alive = None if alive is None else alive[order]
     # Group of each processing position.
     groups = torch.arange(k, device=w.device) // size
-    if upfront is not None and order is not None:
+    if config.static_groups and order is not None:
         groups = order // size
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
     inverse_pivots = upper.diagonal().reciprocal().tolist()
     error = torch.empty(min(k, max(config.block_size, 1)), n, device=w.device)
 
-    for begin, end in _blocks(k, config.block_size, None if upfront is not None else size):
-        for a, b in _panels(begin, end, None if upfront is not None else size):
-            if upfront is None and a % size == 0:
+    cut = None if config.static_groups else size
+    panel = panel_width(w.device)
+    for begin, end in _blocks(k, config.block_size, cut):
+        for a, b in _panels(begin, end, cut, panel):
+            if not config.static_groups and a % size == 0:
                 g = a // size
                 part = slice(a, min(a + size, k))
                 group = _mask(work[part].t(), None if alive is None else alive[part], size)
-                chosen = None if importance is None else importance[part]
-                scales[g], zeros[g] = fit(group, config.wbits, config.sym, config.mse, chosen)
+                chosen = None if importance is None else importance[part].unsqueeze(0)
+                s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.mse, chosen)
+                scales[g], zeros[g] = s.squeeze(1), z.squeeze(1)
             picked = groups[a:b]
             codes[a:b] = quantize_panel(
                 work[a:b],
@@ -181,7 +197,7 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
         natural = torch.empty_like(codes)
         natural[order] = codes
         codes = natural
-        if upfront is None and count > 1:
+        if not config.static_groups and count > 1:
             g_idx = torch.empty(k, dtype=torch.int32, device=w.device)
             g_idx[order] = groups.int()
     return Solution(
@@ -224,13 +240,12 @@ def _blocks(k: int, block: int, size: int | None) -> list[tuple[int, int]]:
     ]
 
 
-def _panels(begin: int, end: int, size: int | None) -> list[tuple[int, int]]:
-    """Ranges of at most PANEL columns inside a block; a group starts only at a range's start."""
-    if size is None or size >= end - begin:
-        return [(a, min(a + PANEL, end)) for a in range(begin, end, PANEL)]
+def _panels(begin: int, end: int, size: int | None, panel: int) -> list[tuple[int, int]]:
+    """Ranges of at most `panel` columns inside a block; a group starts only at a range's start."""
+    step = end - begin if size is None else min(size, end - begin)
     return [
-        (a, min(a + PANEL, stop))
-        for start in range(begin, end, size)
-        for stop in [min(start + size, end)]
-        for a in range(start, stop, PANEL)
+        (a, min(a + panel, stop))
+        for start in range(begin, end, step)
+        for stop in [min(start + step, end)]
+        for a in range(start, stop, panel)
     ]

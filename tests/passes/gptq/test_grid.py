@@ -120,7 +120,7 @@ def test_mse_never_loses_on_its_own_criterion() -> None:
 def test_mse_finds_the_best_shrink_of_the_reference_grid() -> None:
     w = weights(3, 32, 5)
     w[:, 0] *= 4
-    scale, zero = fit(w, 3, False, mse=True)
+    scale, zero = (t.flatten() for t in fit(w.unsqueeze(1), 3, False, mse=True))
     for r in range(3):
         row = w[r].double().numpy()
         low, high = min(row.min(), 0), max(row.max(), 0)
