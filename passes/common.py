@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rewrites share: looking at nodes, replacing them, and the clean-ups that let transposes meet and cancel."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from gptq_compile.passes.program import Program
+
+aten = torch.ops.aten
+
+CASTS = (aten._to_copy.default, aten.to.dtype)
+_COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor)
+_END = (1 << 63) - 1
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether ``node`` calls one of ``targets``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The (possibly symbolic) shape of a tensor node."""
+    return tuple(node.meta["val"].shape)
+
+
+def rank(node: fx.Node) -> int:
+    return len(shape(node))
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def number(value: Any) -> float | None:
+    """A Python number, or None for anything else."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def is_param(node: Any) -> bool:
+    return isinstance(node, fx.Node) and "param" in node.meta
+
+
+def both_orders(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """The two operands of a commutative op, in both orders; nothing for ``add(a, b, alpha=2)``."""
+    if is_call(node, *_COMMUTATIVE) and not node.kwargs and len(node.args) == 2:
+        a, b = node.args
+        yield a, b
+        yield b, a
+
+
+def dims_arg(value: Any, of_rank: int) -> list[int] | None:
+    """A ``dim`` argument as non-negative axes; None if it means all."""
+    if isinstance(value, int):
+        value = [value]
+    return None if not value else sorted(d % of_rank for d in value)
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two shapes are provably equal (symbolic sizes by expression)."""
+    return [str(d) for d in shape(a)] == [str(d) for d in shape(b)]
+
+
+def replace(node: fx.Node, by: fx.Node) -> None:
+    """Redirects every use of ``node`` to ``by`` and erases it."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def eliminate_dead(program: Program) -> bool:
+    """Erases calls and parameter placeholders that nothing uses; their tensors stay in the store."""
+    changed = False
+    for node in reversed(list(program.graph.nodes)):
+        unused = node.op == "call_function" or is_param(node)
+        if unused and not node.users and not _mutates(node):
+            program.graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def merge_duplicates(program: Program) -> bool:
+    """Common subexpressions: pure calls with equal arguments become one."""
+    seen: dict[Any, fx.Node] = {}
+    changed = False
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or _mutates(node):
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        if key in seen:
+            replace(node, seen[key])
+            changed = True
+        else:
+            seen[key] = node
+    return changed
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ("seq", *(_key(v) for v in value))
+    if isinstance(value, dict):
+        return ("map", *((k, _key(v)) for k, v in sorted(value.items())))
+    return (type(value).__name__, repr(value))  # 1, 1.0 and True are different arguments
+
+
+def drop_identities(program: Program) -> bool:
+    """``x * 1``, ``x / 1``, ``x + 0``, ``x - 0`` and ``cat`` with empty pieces become their operand."""
+    changed = False
+    for node in list(program.graph.nodes):
+        source: Any = None
+        if is_call(node, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
+            neutral = 1.0 if node.target in (aten.mul.Tensor, aten.div.Tensor) else 0.0
+            if number(node.args[1]) == neutral:
+                source = node.args[0]
+        elif is_call(node, aten.cat.default):
+            changed |= _drop_empty_pieces(node)
+            if len(node.args[0]) == 1:  # type: ignore[arg-type]
+                source = node.args[0][0]  # type: ignore[index]
+        if is_tensor(source) and dtype(source) == dtype(node) and same_shape(source, node):
+            replace(node, source)
+            changed = True
+    return changed
+
+
+def _drop_empty_pieces(node: fx.Node) -> bool:
+    pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    axis = (node.args[1] if len(node.args) > 1 else 0) % rank(node)  # type: ignore[operator]
+    kept = [p for p in pieces if not (isinstance(size := shape(p)[axis], int) and size == 0)]
+    if not kept or len(kept) == len(pieces):
+        return False
+    node.args = (kept, axis)
+    return True
+
+
+def swapped_axes(node: Any) -> tuple[fx.Node, int, int] | None:
+    """``(source, a, b)`` if ``node`` swaps two axes of ``source``, spelled ``transpose`` or ``permute``."""
+    if is_call(node, aten.transpose.int):
+        a, b = sorted(d % rank(node) for d in node.args[1:])
+        return (node.args[0], a, b) if a != b else None
+    if is_call(node, aten.permute.default):
+        moved = [i for i, d in enumerate(node.args[1]) if d % rank(node) != i]
+        return (node.args[0], moved[0], moved[1]) if len(moved) == 2 else None
+    return None
+
+
+def feature_slice(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    """``(source, start, stop, step)`` if ``node`` is a stretch of the last axis of ``source``.
+
+    Understands ``slice`` and the pieces of ``split``; all four are static.
+    """
+    if is_call(node, aten.slice.Tensor):
+        source, *rest = node.args
+        axis, start, stop, step = [*rest, *(0, None, None, 1)[len(rest) :]]
+        width = shape(source)[-1]  # type: ignore[arg-type]
+        if axis % rank(node) != rank(node) - 1 or not isinstance(width, int):  # type: ignore[operator]
+            return None
+        bounds = slice(start, None if stop in (None, _END) else stop, step)
+        if any(isinstance(b, fx.Node) for b in (start, stop, step)):
+            return None
+        first, last, stride = bounds.indices(width)
+        return source, first, last, stride  # type: ignore[return-value]
+    if is_call(node, operator.getitem) and is_call(
+        node.args[0], aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default
+    ):
+        split, index = node.args
+        source, axis = split.args[0], split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)  # type: ignore[union-attr]
+        if axis % rank(source) != rank(source) - 1:  # type: ignore[arg-type, operator]
+            return None
+        sizes = [v.shape[-1] for v in split.meta["val"]]  # type: ignore[union-attr]
+        start = sum(sizes[:index])  # type: ignore[misc]
+        return source, start, start + sizes[index], 1  # type: ignore[index, return-value]
+    return None
+
+
+def sink_transposes(program: Program, norms: tuple[Any, ...]) -> bool:
+    """Moves a swap of inner axes below ops that only look at the last axis, then cancels swaps that meet.
+
+    ``norm(transpose(x, 1, 2))`` becomes ``transpose(norm(x), 1, 2)``, and likewise for stretches of the last axis.
+    """
+    changed = False
+    for node in list(program.graph.nodes):
+        if is_call(node, *norms):
+            swap = swapped_axes(node.args[0])
+        elif (piece := feature_slice(node)) is not None and shape(node)[-1] != 0:
+            swap = swapped_axes(piece[0])
+        else:
+            continue
+        if swap is None or swap[2] == rank(swap[0]) - 1:
+            continue
+        source, a, b = swap
+        with program.graph.inserting_before(node):
+            if is_call(node, operator.getitem):
+                split: Any = node.args[0]
+                with program.graph.inserting_before(split):
+                    inner = program.call(split.target, (source, *split.args[1:]), split.kwargs, like=split)
+                new = program.call(operator.getitem, (inner, node.args[1]), like=node)
+            else:
+                new = program.call(node.target, (source, *node.args[1:]), node.kwargs, like=node)
+            back = program.call(aten.transpose.int, (new, a, b), like=node)
+        replace(node, back)
+        changed = True
+    return cancel_transposes(program) | changed
+
+
+def cancel_transposes(program: Program) -> bool:
+    """``transpose(transpose(x, a, b), b, a)`` becomes ``x``."""
+    changed = False
+    for node in list(program.graph.nodes):
+        outer = swapped_axes(node)
+        inner = swapped_axes(outer[0]) if outer else None
+        if outer and inner and outer[1:] == inner[1:]:
+            replace(node, inner[0])
+            changed = True
+    return changed
