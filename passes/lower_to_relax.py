@@ -241,7 +241,9 @@ class _Entry:
 
         return self.builder.emit(relax.op.reshape(value, self.shape(node)))
 
-    def emit_rows(self, node: fx.Node, case: Callable[..., Case], x: fx.Node, extra: list[fx.Node | None], width: int) -> Any:
+    def emit_rows(
+        self, node: fx.Node, case: Callable[..., Case], x: fx.Node, extra: list[fx.Node | None], width: int
+    ) -> Any:
         """Runs a row kernel ``(x[m, C], extra..., out[m, width])`` and restores the node's shape."""
         value, rows = self.flat(x)
         args = [value] + [self.env[e] for e in extra if e is not None]
@@ -286,7 +288,13 @@ def _layer_norm(entry: _Entry, node: fx.Node) -> Any:
     x, weight, bias, eps = node.args
     c = int(x.meta["val"].shape[-1])
     case = lambda rows: Case.make(  # noqa: E731
-        "layer_norm", _dtype(x), rows, channels=c, eps=float(eps), has_weight=weight is not None, has_bias=bias is not None
+        "layer_norm",
+        _dtype(x),
+        rows,
+        channels=c,
+        eps=float(eps),
+        has_weight=weight is not None,
+        has_bias=bias is not None,
     )
     return entry.emit_rows(node, case, x, [weight, bias], c)
 
@@ -389,7 +397,5 @@ def _sampling_entries(program: Program, builder: Any, kernels: _Kernels) -> None
     entry(
         "advance",
         {"tokens": i32, "page_table": ([b, p], "int32"), "input_ids": i32, "positions": i32, "slots": i32},
-        lambda a: kernels.call_inplace(
-            Case.make("advance", "float32", None, page_size=PAGE_SIZE), a, [2, 3, 4]
-        ),
+        lambda a: kernels.call_inplace(Case.make("advance", "float32", None, page_size=PAGE_SIZE), a, [2, 3, 4]),
     )

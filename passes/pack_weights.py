@@ -66,14 +66,26 @@ class PackWeights(Pass):
                 key = (x, tuple(order.tolist()))
                 if key not in gathers:
                     index = program.add_param(f"{base}.order", order)
-                    gathers[key] = program.call(torch.ops.aten.index_select.default, (x, x.meta["val"].dim() - 1, index), like=node)
+                    gathers[key] = program.call(
+                        torch.ops.aten.index_select.default, (x, x.meta["val"].dim() - 1, index), like=node
+                    )
                 x = gathers[key]
             packed = []
             for suffix, (shape, dtype) in layout.tensors(case).items():
                 name = f"{base}.{layout.name}.{suffix}"
                 params.add(name, shape, getattr(torch, dtype), functools.partial(_take, read, cache, suffix))
                 packed.append(program._placeholder(name))
-            args = (x, packed, bias, ",".join(layout.tensors(case)), layout.name, bits, group, out_features, zeros is not None)
+            args = (
+                x,
+                packed,
+                bias,
+                ",".join(layout.tensors(case)),
+                layout.name,
+                bits,
+                group,
+                out_features,
+                zeros is not None,
+            )
             new = program.call(ops.packed_linear.default, args, like=node)
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)

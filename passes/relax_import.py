@@ -94,7 +94,9 @@ def _binary(op: Callable[[Any, Any], Any], *, compare: bool = False, divide: boo
         dtype = node.meta["val"].dtype
         if compare:
             tensors = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (a, b)]
-            dtype = torch.result_type(*(torch.empty((), dtype=t.dtype) if isinstance(t, torch.Tensor) else t for t in tensors))
+            dtype = torch.result_type(
+                *(torch.empty((), dtype=t.dtype) if isinstance(t, torch.Tensor) else t for t in tensors)
+            )
         return i.emit(op(i.value(a, dtype), i.value(b, dtype)))
 
     return rule
