@@ -20,6 +20,14 @@ tvm_ffi.device("cuda", 0), None)``, on the CPU also without a copy from ``tvm_ff
 ``"runtime.TVMTensorCopyFromTo"(source, destination)`` copies between any two devices on the current stream.
 CUDA kernels are launched on the stream that the *calling thread* set by ``tvm_ffi.use_raw_stream(device, handle)``
 (``TVMFFIEnvSetStream``); the default is the legacy stream 0, which cannot be captured into a graph.
+
+A whole call can be captured into a CUDA graph with the driver API (seen on an H200, driver 580): on a stream of
+``cuStreamCreate`` set as above, call the function *twice* and drop the results, then ``cuStreamBeginCapture_v2``, call
+it once more and keep that result (its buffers are what replays write), ``cuStreamEndCapture``,
+``cuGraphInstantiateWithFlags``. Twice, because the VM holds its last result until the next one: after a single warm-up
+the pool is one set of outputs short, calls cudaMalloc, and that breaks the capture in mode global. An empty pool
+gives cached memory back to the driver when it runs out, which a captured graph would not survive: allocate caches and
+weights before capturing.
 """
 
 from __future__ import annotations
@@ -31,6 +39,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,9 +163,10 @@ def _emit(mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, 
     try:
         with _cuda_callback(compile_cuda), tvm_target:
             lowered = tvm.transform.Sequential(relax_passes(target))(mod)
+            _check_in_place_calls(mod, lowered)
             executable = relax.build(lowered, tvm_target, relax_pipeline=None)
             executable.export_library(str(library), fcompile=link, workspace_dir=str(scratch))
-    except OSError:
+    except (OSError, GptqCompileError):
         raise
     except Exception as error:
         # What crosses TVM's C++ comes back as another exception; the one that was raised first says how to mend it.
@@ -165,6 +175,40 @@ def _emit(mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, 
         if "No space left on device" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise BuildError(f"TVM could not compile the module for {target}: {_last_words(str(error))}") from error
+
+
+def _check_in_place_calls(before: Any, after: Any) -> None:
+    """Checks that no in-place call was lost: TVM drops a call whose result nobody reads, whatever it writes.
+
+    Raises:
+        BuildError: naming the kernel whose call disappeared.
+    """
+    wanted, found = _kernel_calls(before), _kernel_calls(after)
+    lost = sorted(name for name, count in wanted.items() if found[name] < count)
+    if lost:
+        raise BuildError(
+            f"TVM dropped in-place calls of {', '.join(lost)}, because nothing reads their results. Pass the result "
+            f"of call_tir_inplace on to what depends on it, or return it from the function."
+        )
+
+
+def _kernel_calls(mod: Any) -> Counter[str]:
+    """Counts the in-place calls of each PrimFunc before lowering, or its direct calls after."""
+    counts: Counter[str] = Counter()
+    in_place = tvm.ir.Op.get("relax.call_tir_inplace")
+
+    def visit(node: Any) -> None:
+        if not isinstance(node, tvm.ir.Call):
+            return
+        if isinstance(node.op, tvm.ir.GlobalVar):
+            counts[node.op.name_hint] += 1
+        elif node.op == in_place:
+            counts[node.args[0].name_hint] += 1
+
+    for _, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            relax.analysis.post_order_visit(func, visit)
+    return counts
 
 
 def _cuda_compiler(

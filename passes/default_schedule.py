@@ -159,13 +159,12 @@ def schedule_cpu(func: Any) -> Any | None:
 
 def _schedule_rows(func: Any) -> Any | None:
     from tvm.s_tir.dlight.analysis import normalize_prim_func
-    from tvm.s_tir.dlight.base import try_inline
 
     sch = tvm.s_tir.Schedule(func)
     infos = normalize_prim_func(sch)
     if not infos:
         return None
-    infos = try_inline(sch, infos)
+    infos = _inline_cheap(sch, infos)
     kinds = [info.dom_kind() for info in infos]
     if any("O" in kind for kind in kinds):
         return None
@@ -193,6 +192,25 @@ def _schedule_rows(func: Any) -> Any | None:
             sch.compute_at(partial[index], row, preserve_unit_loops=True)
             _vectorize_partial(sch, partial[index], row)
     return sch.mod["main"]
+
+
+def _inline_cheap(sch: Any, infos: list[Any]) -> list[Any]:
+    """Inlines elementwise producers of plain arithmetic and returns the other blocks.
+
+    One that calls a function is computed once per element: softmax needs its exponentials twice.
+    """
+    kept = []
+    for info in infos:
+        calls: list[bool] = []
+        tvm_ffi.structural_walk(sch.get(info.block_rv).body, [(tvm.ir.Call, lambda _, c=calls: c.append(True))])
+        if info is not infos[-1] and info.is_injective() and not calls:
+            try:
+                sch.compute_inline(info.block_rv)
+                continue
+            except tvm.s_tir.ScheduleError as error:
+                logger.debug("%s stays a block of its own: %s", info.name, error)
+        kept.append(info)
+    return kept
 
 
 def _leading_spatial(kind: str) -> int:

@@ -281,3 +281,36 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="disk is full"):
         build(Sample, Target.parse("cpu"), tmp_path / "out" / "model.so")
     assert not list((tmp_path / "out").iterdir())
+
+
+@I.ir_module
+class Forgotten:
+    """An in-place call whose result nobody reads."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def double(x: T.Buffer((64,), "float32")):
+        for i in range(64):
+            with T.sblock("double"):
+                v = T.axis.spatial(64, i)
+                x[v] = x[v] * T.float32(2)
+
+    @R.function
+    def main(x: R.Tensor((64,), "float32"), y: R.Tensor((64,), "float32")) -> R.Tensor((64,), "float32"):
+        cls = Forgotten
+        _changed = R.call_tir_inplace(cls.double, (x,), 0, R.Tensor((64,), "float32"))
+        z = R.add(y, y)
+        return z
+
+
+def test_an_in_place_call_is_never_dropped_silently(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="dropped in-place calls of double"):
+        build(Forgotten, Target.parse("cpu"), tmp_path / "model.so")
+
+
+def test_softmax_computes_its_exponentials_once() -> None:
+    builder = tvm.relax.BlockBuilder()
+    x = tvm.relax.Var("x", R.Tensor((tvm.tirx.Var("n", "int64"), 512), "float32"))
+    with builder.function("main", [x]):
+        builder.emit_func_output(builder.emit(tvm.relax.op.nn.softmax(x, axis=-1)))
+    text = lowered_functions(builder.get(), Target.parse("cpu"))["softmax"].script()
+    assert text.count("T.exp(") == 1 and "T.parallel(n)" in text, text
