@@ -220,6 +220,23 @@ def test_mse_grids_lower_the_objective_at_low_bits() -> None:
     assert solve(w, h, replace(config, mse=True)).stats.objective < 0.95 * solve(w, h, config).stats.objective
 
 
+@pytest.mark.parametrize("mse", [False, True])
+@pytest.mark.parametrize("group", [-1, 16])
+def test_act_order_is_the_natural_order_of_a_sorted_problem(group: int, mse: bool) -> None:
+    w = weights(12, 48, 22)
+    x = torch.randn(300, 48, generator=torch.Generator().manual_seed(23))
+    x = x * torch.logspace(-1, 1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(24))]
+    h = x.t() @ x
+    order = torch.argsort(h.diagonal(), descending=True)
+    config = QuantizeConfig(wbits=3, group_size=group, static_groups=False, mse=mse)
+    permuted = solve(w, h, replace(config, act_order=True))
+    natural = solve(w[:, order], h[order][:, order], replace(config, act_order=False))
+    rows = ~(permuted.row_errors.from_rtn | natural.row_errors.from_rtn)  # type: ignore[union-attr]
+    assert int(rows.sum()) >= 6
+    assert torch.equal(permuted.codes[:, order][rows], natural.codes[rows])
+    assert torch.equal(permuted.scales[rows], natural.scales[rows])
+
+
 def test_stacked_equals_separate() -> None:
     parts = [weights(n, 48, n) for n in (5, 9, 2)]
     h = Hessian(48)
@@ -247,8 +264,21 @@ def test_half_weights_and_input_untouched() -> None:
     one_row = w[:1].clone()
     solve(one_row, h, config)
     assert torch.equal(one_row, w[:1])
+    transposed = w.t().contiguous().t()  # as a Conv1D stores it
+    assert torch.equal(solve(transposed, h, config).codes, solve(w, h, config).codes)
+    assert torch.equal(transposed, w)
     half = solve(w.bfloat16(), h, config)
     assert torch.equal(half.codes, solve(w.bfloat16().float(), h, config).codes)
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-7, 1e30, 3e38])
+def test_extreme_weights_stay_finite(magnitude: float) -> None:
+    w, h = weights(8, 32, 20).sign() * magnitude, spectrum(32, 100, 21)
+    for static in (False, True):
+        solution = solve(w, h, QuantizeConfig(group_size=8, act_order=False, static_groups=static))
+        assert torch.isfinite(solution.weight).all()
+        assert torch.isfinite(solution.scales).all()
+        assert int(solution.codes.max()) <= 15
 
 
 def test_bad_inputs_are_named() -> None:
