@@ -21,12 +21,13 @@ tvm_ffi.device("cuda", 0), None)``, on the CPU also without a copy from ``tvm_ff
 CUDA kernels are launched on the stream that the *calling thread* set by ``tvm_ffi.use_raw_stream(device, handle)``
 (``TVMFFIEnvSetStream``); the default is the legacy stream 0, which cannot be captured into a graph.
 
-A whole call can be captured into a CUDA graph with the driver API (seen on an H200, driver 580): on a stream of
-``cuStreamCreate`` set as above, call the function *twice* and drop the results, then ``cuStreamBeginCapture_v2``, call
-it once more and keep that result (its buffers are what replays write), ``cuStreamEndCapture``,
-``cuGraphInstantiateWithFlags``. Twice, because the VM holds its last result until the next one: after a single warm-up
-the pool is one set of outputs short, calls cudaMalloc, and that breaks the capture in mode global. An empty pool
-gives cached memory back to the driver when it runs out, which a captured graph would not survive: allocate caches and
+A whole call can be captured into a CUDA graph with the driver API: on a stream of ``cuStreamCreate`` set as above,
+call the function *twice* and drop the results, then ``cuStreamBeginCapture_v2`` with mode 2 (relaxed), call it once
+more and keep that result (its buffers are what replays write), ``cuStreamEndCapture``, ``cuGraphInstantiateWithFlags``.
+Replays gave the right numbers on an H200 with driver 580 in modes 1 and 2. Mode 0 (global) failed there after a single
+warm-up: the VM source keeps the last result until the next one, so the pool is one set of outputs short and calls
+cudaMalloc during the capture; the second warm-up call is to prevent that and was not tried by itself. When the device
+is full the pool gives its unused blocks, a graph's temporaries among them, back to the driver, so allocate caches and
 weights before capturing.
 """
 
