@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -14,31 +14,38 @@ from gptq_compile.passes.program import Program
 
 aten = torch.ops.aten
 
+Node: TypeAlias = Any
+"""An ``fx.Node``. FX types a node's arguments by a union that is too wide to check anything."""
+
 CASTS = (aten._to_copy.default, aten.to.dtype)
 _COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor)
 _END = (1 << 63) - 1
 
 
+def is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether ``node`` calls one of ``targets``."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+    return is_node(node) and node.op == "call_function" and node.target in targets
 
 
-def shape(node: fx.Node) -> tuple[Any, ...]:
+def shape(node: Node) -> tuple[Any, ...]:
     """The (possibly symbolic) shape of a tensor node."""
     return tuple(node.meta["val"].shape)
 
 
-def rank(node: fx.Node) -> int:
+def rank(node: Node) -> int:
     return len(shape(node))
 
 
-def dtype(node: fx.Node) -> torch.dtype:
+def dtype(node: Node) -> torch.dtype:
     return node.meta["val"].dtype
 
 
 def is_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+    return is_node(node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def number(value: Any) -> float | None:
@@ -47,10 +54,10 @@ def number(value: Any) -> float | None:
 
 
 def is_param(node: Any) -> bool:
-    return isinstance(node, fx.Node) and "param" in node.meta
+    return is_node(node) and "param" in node.meta
 
 
-def both_orders(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+def both_orders(node: Node) -> Iterator[tuple[Any, Any]]:
     """The two operands of a commutative op, in both orders; nothing for ``add(a, b, alpha=2)``."""
     if is_call(node, *_COMMUTATIVE) and not node.kwargs and len(node.args) == 2:
         a, b = node.args
@@ -65,12 +72,12 @@ def dims_arg(value: Any, of_rank: int) -> list[int] | None:
     return None if not value else sorted(d % of_rank for d in value)
 
 
-def same_shape(a: fx.Node, b: fx.Node) -> bool:
+def same_shape(a: Node, b: Node) -> bool:
     """Whether two shapes are provably equal (symbolic sizes by expression)."""
     return [str(d) for d in shape(a)] == [str(d) for d in shape(b)]
 
 
-def replace(node: fx.Node, by: fx.Node) -> None:
+def replace(node: Node, by: Node) -> None:
     """Redirects every use of ``node`` to ``by`` and erases it."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
@@ -87,14 +94,14 @@ def eliminate_dead(program: Program) -> bool:
     return changed
 
 
-def _mutates(node: fx.Node) -> bool:
+def _mutates(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def merge_duplicates(program: Program) -> bool:
     """Common subexpressions: pure calls with equal arguments become one."""
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[Any, Node] = {}
     changed = False
     for node in list(program.graph.nodes):
         if node.op != "call_function" or _mutates(node):
@@ -111,7 +118,7 @@ def merge_duplicates(program: Program) -> bool:
 
 
 def _key(value: Any) -> Any:
-    if isinstance(value, fx.Node):
+    if is_node(value):
         return value
     if isinstance(value, (list, tuple)):
         return ("seq", *(_key(v) for v in value))
@@ -131,17 +138,17 @@ def drop_identities(program: Program) -> bool:
                 source = node.args[0]
         elif is_call(node, aten.cat.default):
             changed |= _drop_empty_pieces(node)
-            if len(node.args[0]) == 1:  # type: ignore[arg-type]
-                source = node.args[0][0]  # type: ignore[index]
+            if len(node.args[0]) == 1:
+                source = node.args[0][0]
         if is_tensor(source) and dtype(source) == dtype(node) and same_shape(source, node):
             replace(node, source)
             changed = True
     return changed
 
 
-def _drop_empty_pieces(node: fx.Node) -> bool:
-    pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    axis = (node.args[1] if len(node.args) > 1 else 0) % rank(node)  # type: ignore[operator]
+def _drop_empty_pieces(node: Node) -> bool:
+    pieces: list[Node] = list(node.args[0])
+    axis = (node.args[1] if len(node.args) > 1 else 0) % rank(node)
     kept = [p for p in pieces if not (isinstance(size := shape(p)[axis], int) and size == 0)]
     if not kept or len(kept) == len(pieces):
         return False
@@ -149,7 +156,7 @@ def _drop_empty_pieces(node: fx.Node) -> bool:
     return True
 
 
-def swapped_axes(node: Any) -> tuple[fx.Node, int, int] | None:
+def swapped_axes(node: Any) -> tuple[Node, int, int] | None:
     """``(source, a, b)`` if ``node`` swaps two axes of ``source``, spelled ``transpose`` or ``permute``."""
     if is_call(node, aten.transpose.int):
         a, b = sorted(d % rank(node) for d in node.args[1:])
@@ -160,32 +167,32 @@ def swapped_axes(node: Any) -> tuple[fx.Node, int, int] | None:
     return None
 
 
-def feature_slice(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+def feature_slice(node: Node) -> tuple[Node, int, int, int] | None:
     """``(source, start, stop, step)`` if ``node`` is a stretch of the last axis of ``source``.
 
     Understands ``slice`` and the pieces of ``split``; all four are static.
     """
     if is_call(node, aten.slice.Tensor):
-        source, *rest = node.args
-        axis, start, stop, step = [*rest, *(0, None, None, 1)[len(rest) :]]
-        width = shape(source)[-1]  # type: ignore[arg-type]
-        if axis % rank(node) != rank(node) - 1 or not isinstance(width, int):  # type: ignore[operator]
+        defaults: list[Any] = [None, 0, None, None, 1]
+        source, axis, start, stop, step = list(node.args) + defaults[len(node.args) :]
+        width = shape(source)[-1]
+        if axis % rank(node) != rank(node) - 1 or not isinstance(width, int):
             return None
         bounds = slice(start, None if stop in (None, _END) else stop, step)
-        if any(isinstance(b, fx.Node) for b in (start, stop, step)):
+        if any(is_node(b) for b in (start, stop, step)):
             return None
         first, last, stride = bounds.indices(width)
-        return source, first, last, stride  # type: ignore[return-value]
+        return source, first, last, stride
     if is_call(node, operator.getitem) and is_call(
         node.args[0], aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default
     ):
         split, index = node.args
-        source, axis = split.args[0], split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)  # type: ignore[union-attr]
-        if axis % rank(source) != rank(source) - 1:  # type: ignore[arg-type, operator]
+        source, axis = split.args[0], split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+        if axis % rank(source) != rank(source) - 1:
             return None
-        sizes = [v.shape[-1] for v in split.meta["val"]]  # type: ignore[union-attr]
-        start = sum(sizes[:index])  # type: ignore[misc]
-        return source, start, start + sizes[index], 1  # type: ignore[index, return-value]
+        sizes = [v.shape[-1] for v in split.meta["val"]]
+        start = sum(sizes[:index])
+        return source, start, start + sizes[index], 1
     return None
 
 

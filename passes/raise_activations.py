@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``raise_activations``: activations spelled by hand become their ATen op, and ``act(gate) * up`` one ``gated_act``.
 
-1. GELU by ``tanh`` or by ``erf``, and SiLU, in any arrangement of their products and sums: the expression is expanded to
-   a polynomial in ``x`` and ``t = tanh(...)`` (``erf``, ``sigmoid``) and compared with the definition.
+1. GELU by ``tanh`` or by ``erf``, and SiLU, in any arrangement of their products and sums: the expression is expanded
+   to a polynomial in ``x`` and ``t = tanh(...)`` (``erf``, ``sigmoid``) and compared with the definition.
 2. ``act(gate) * up`` with ``act`` one of the dialect's activations and two tensors of one shape.
 """
 
@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from gptq_compile.passes.common import (
+    Node,
     both_orders,
     dtype,
     eliminate_dead,
     is_call,
+    is_node,
     is_param,
     is_tensor,
     number,
     replace,
     same_shape,
-)  # fmt: skip
+)
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
 
@@ -84,11 +85,11 @@ class RaiseActivations(Pass):
         return eliminate_dead(program) | changed
 
 
-def _raise_spelled(program: Program, t: fx.Node, definition: _Definition) -> bool:
+def _raise_spelled(program: Program, t: Node, definition: _Definition) -> bool:
     for x in _within(t, lambda n: n.all_input_nodes, _DEPTH):
         if not is_tensor(x) or not same_shape(x, t) or is_param(x):
             continue
-        inner = _expand(t.args[0], {x: {(1, 0): 1.0}})  # type: ignore[dict-item]
+        inner = _expand(t.args[0], {x: {(1, 0): 1.0}})
         if inner is None or not _equal(inner, definition.inner):
             continue
         for root in _within(t, lambda n: list(n.users), _DEPTH):
@@ -102,9 +103,9 @@ def _raise_spelled(program: Program, t: fx.Node, definition: _Definition) -> boo
     return False
 
 
-def _within(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]], depth: int) -> list[fx.Node]:
+def _within(start: Node, neighbours: Callable[[Node], list[Node]], depth: int) -> list[Node]:
     """Nodes reached from ``start`` in at most ``depth`` steps through arithmetic, nearest first; not ``start``."""
-    found: dict[fx.Node, None] = {}
+    found: dict[Node, None] = {}
     frontier = [start]
     for _ in range(depth):
         frontier = [n for f in frontier for n in neighbours(f) if n not in found and n.op != "output"]
@@ -114,12 +115,19 @@ def _within(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]], dept
 
 
 _ARITHMETIC = (
-    aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
-    aten.square.default, aten.mul.Scalar, aten.add.Scalar,
-)  # fmt: skip
+    aten.mul.Tensor,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.div.Tensor,
+    aten.neg.default,
+    aten.pow.Tensor_Scalar,
+    aten.square.default,
+    aten.mul.Scalar,
+    aten.add.Scalar,
+)
 
 
-def _expand(value: Any, atoms: dict[fx.Node, Polynomial]) -> Polynomial | None:
+def _expand(value: Any, atoms: dict[Node, Polynomial]) -> Polynomial | None:
     """The polynomial in the atoms that an expression computes, or None if it is not one (or has degree above 4)."""
     if (constant := number(value)) is not None:
         return {(0, 0): constant}
@@ -163,7 +171,7 @@ def _equal(a: Polynomial, b: Polynomial) -> bool:
     )
 
 
-def _raise_gated(program: Program, node: fx.Node) -> bool:
+def _raise_gated(program: Program, node: Node) -> bool:
     if not is_call(node, aten.mul.Tensor) or not node.users:
         return False
     for act, up in both_orders(node):
@@ -182,18 +190,18 @@ def _raise_gated(program: Program, node: fx.Node) -> bool:
     return False
 
 
-def _activation(node: Any) -> tuple[str, fx.Node] | None:
+def _activation(node: Any) -> tuple[str, Node] | None:
     """Name and argument of an activation whose value nothing else reads."""
-    if not isinstance(node, fx.Node) or len(node.users) != 1:
+    if not is_node(node) or len(node.users) != 1:
         return None
     if node.target in _ACTIVATIONS:
-        return _ACTIVATIONS[node.target], node.args[0]  # type: ignore[index, return-value]
+        return _ACTIVATIONS[node.target], node.args[0]
     if is_call(node, aten.gelu.default):
         kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-        return {"none": "gelu", "tanh": "gelu_tanh"}[kind], node.args[0]  # type: ignore[index, return-value]
-    squared = None
+        return {"none": "gelu", "tanh": "gelu_tanh"}[kind], node.args[0]
+    squared: Any = None
     if is_call(node, aten.square.default) or (is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]):
         squared = node.args[0]
     if is_call(squared, aten.relu.default):
-        return "relu2", squared.args[0]  # type: ignore[union-attr, return-value]
+        return "relu2", squared.args[0]
     return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``raise_norms``: every spelling of RMSNorm and LayerNorm over the last axis becomes one op.
 
-1. ``x * rsqrt(mean(x^2) + eps)``, with the reciprocal root spelled ``rsqrt``, ``pow(-0.5)``, ``1 / sqrt``, or a division
-   by ``sqrt``, becomes ``rms_norm``.
+1. ``x * rsqrt(mean(x^2) + eps)``, with the reciprocal root spelled ``rsqrt``, ``pow(-0.5)``, ``1 / sqrt``, or a
+   division by ``sqrt``, becomes ``rms_norm``.
 2. A product with a per-channel parameter, or with ``1 + parameter``, becomes its weight.
 3. ``rms_norm`` of ``x - mean(x)``, or of the same with ``var``, is ``layer_norm``; a per-channel parameter that is then
    added is its bias.
@@ -16,21 +16,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from gptq_compile.passes.common import (
     CASTS,
+    Node,
     both_orders,
     dims_arg,
     dtype,
     eliminate_dead,
     is_call,
+    is_node,
     is_param,
     number,
     rank,
     replace,
     shape,
-)  # fmt: skip
+)
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
 
@@ -42,7 +43,7 @@ ops = torch.ops.gptq_compile
 class _Root:
     """``1 / sqrt(second moment of source + eps)``; the moment is about the mean when ``centered``."""
 
-    source: fx.Node
+    source: Node
     eps: float
     centered: bool
 
@@ -61,18 +62,20 @@ class RaiseNorms(Pass):
         return eliminate_dead(program) | changed
 
 
-def _raise_aten(program: Program, node: fx.Node) -> bool:
+def _raise_aten(program: Program, node: Node) -> bool:
     if is_call(node, aten.layer_norm.default, aten.native_layer_norm.default):
-        x, normalized, weight, bias, eps = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]][:5]
-        args: tuple[Any, ...] = (x, weight, bias, float(eps))  # type: ignore[arg-type]
+        defaults: list[Any] = [None, None, 1e-5]
+        x, normalized, weight, bias, eps = (list(node.args) + defaults[len(node.args) - 2 :])[:5]
+        args: tuple[Any, ...] = (x, weight, bias, float(eps))
         target = ops.layer_norm.default
     elif is_call(node, aten.rms_norm.default, aten._fused_rms_norm.default):
-        x, normalized, weight, eps = [*node.args, *(None, None)[len(node.args) - 2 :]]
-        args = (x, weight, float(eps) if eps is not None else torch.finfo(dtype(x)).eps)  # type: ignore[arg-type]
+        defaults = [None, None]
+        x, normalized, weight, eps = list(node.args) + defaults[len(node.args) - 2 :]
+        args = (x, weight, float(eps) if eps is not None else torch.finfo(dtype(x)).eps)
         target = ops.rms_norm.default
     else:
         return False
-    if len(normalized) != 1:  # type: ignore[arg-type]
+    if len(normalized) != 1:
         return False
     result = node
     if node.target in (aten.native_layer_norm.default, aten._fused_rms_norm.default):
@@ -86,13 +89,13 @@ def _raise_aten(program: Program, node: fx.Node) -> bool:
     return True
 
 
-def _raise_spelled(program: Program, node: fx.Node) -> bool:
+def _raise_spelled(program: Program, node: Node) -> bool:
     """``x * root``, ``(x * weight) * root`` or ``x / sqrt``: the normalized value."""
     candidates: list[tuple[Any, _Root | None]] = [(a, _root(b)) for a, b in both_orders(node)]
     if is_call(node, aten.div.Tensor) and not node.kwargs:
         candidates.append((node.args[0], _moment_plus_eps(_argument(node.args[1], aten.sqrt.default))))
     for x, root in candidates:
-        if root is None or not isinstance(x, fx.Node):
+        if root is None or not is_node(x):
             continue
         for value, weight in [(x, None), *both_orders(x)]:
             if weight is not None and not _per_channel(weight, root.source):
@@ -110,12 +113,12 @@ def _raise_spelled(program: Program, node: fx.Node) -> bool:
     return False
 
 
-def _strip_casts(program: Program, norm: fx.Node) -> None:
+def _strip_casts(program: Program, norm: Node) -> None:
     """``cast(norm(cast(x, float32)), x.dtype)`` is ``norm(x)``: the op computes in float32 by itself."""
     cast = norm.args[0]
-    if not is_call(cast, *CASTS) or dtype(cast) != torch.float32:  # type: ignore[arg-type]
+    if not is_call(cast, *CASTS) or dtype(cast) != torch.float32:
         return
-    x: Any = cast.args[0]  # type: ignore[union-attr]
+    x: Any = cast.args[0]
     backs = list(norm.users)
     if not x.meta["val"].is_floating_point() or not all(is_call(u, *CASTS) and dtype(u) == dtype(x) for u in backs):
         return
@@ -125,7 +128,7 @@ def _strip_casts(program: Program, norm: fx.Node) -> None:
         replace(back, new)
 
 
-def _absorb_weights(program: Program, node: fx.Node) -> bool:
+def _absorb_weights(program: Program, node: Node) -> bool:
     for norm, factor in both_orders(node):
         if not is_call(norm, ops.rms_norm.default, ops.layer_norm.default) or len(norm.users) != 1:
             continue
@@ -133,7 +136,7 @@ def _absorb_weights(program: Program, node: fx.Node) -> bool:
             continue
         x, offset = norm.args[0], 0.0
         if not _per_channel(factor, x):
-            plus = [(a, number(b)) for a, b in both_orders(factor)] if isinstance(factor, fx.Node) else []
+            plus = [(a, number(b)) for a, b in both_orders(factor)] if is_node(factor) else []
             found = [(a, b) for a, b in plus if b == 1.0 and _per_channel(a, x)]
             if not found or norm.target is not ops.rms_norm.default:
                 continue
@@ -146,7 +149,7 @@ def _absorb_weights(program: Program, node: fx.Node) -> bool:
     return False
 
 
-def _center(program: Program, node: fx.Node) -> bool:
+def _center(program: Program, node: Node) -> bool:
     """``rms_norm(x - mean(x))`` is ``layer_norm(x)``."""
     if not is_call(node, ops.rms_norm.default) or len(node.args) > 3:
         return False
@@ -160,7 +163,7 @@ def _center(program: Program, node: fx.Node) -> bool:
     return True
 
 
-def _absorb_bias(program: Program, node: fx.Node) -> bool:
+def _absorb_bias(program: Program, node: Node) -> bool:
     for norm, bias in both_orders(node):
         if not is_call(norm, ops.layer_norm.default) or len(norm.users) != 1 or norm.args[2] is not None:
             continue
@@ -197,11 +200,11 @@ def _root(node: Any) -> _Root | None:
 
 
 def _moment_plus_eps(node: Any) -> _Root | None:
-    if not isinstance(node, fx.Node):
+    if not is_node(node):
         return None
     for moment, eps in both_orders(node):
         value = number(eps)
-        if value is None or value <= 0 or not isinstance(moment, fx.Node):
+        if value is None or value <= 0 or not is_node(moment):
             continue
         if (variance := _variance_of(moment)) is not None:
             return _Root(variance, value, True)
@@ -213,12 +216,12 @@ def _moment_plus_eps(node: Any) -> _Root | None:
             is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
         ):
             source = square.args[0]
-        if isinstance(source, fx.Node):
+        if is_node(source):
             return _Root(source, value, False)
     return None
 
 
-def _mean_of(node: Any) -> fx.Node | None:
+def _mean_of(node: Any) -> Node | None:
     """``x`` if ``node`` is its mean over the last axis, which is kept."""
     if is_call(node, aten.mean.dim) and not node.kwargs and len(node.args) == 3 and node.args[2]:
         x, dims, _ = node.args
@@ -232,19 +235,19 @@ def _mean_of(node: Any) -> fx.Node | None:
     return x if dims_arg(dims, rank(x)) == [rank(x) - 1] else None
 
 
-def _variance_of(node: fx.Node) -> fx.Node | None:
+def _variance_of(node: Node) -> Node | None:
     """``x`` if ``node`` is its biased variance over the last axis, which is kept."""
     if is_call(node, operator.getitem) and node.args[1] == 0 and is_call(node.args[0], aten.var_mean.correction):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     if not is_call(node, aten.var.correction, aten.var_mean.correction):
         return None
     x, *dims = node.args
     kept = node.kwargs.get("keepdim", False) and node.kwargs.get("correction") == 0
-    last = dims_arg(dims[0] if dims else node.kwargs.get("dim"), rank(x)) == [rank(x) - 1]  # type: ignore[arg-type]
-    return x if kept and last else None  # type: ignore[return-value]
+    last = dims_arg(dims[0] if dims else node.kwargs.get("dim"), rank(x)) == [rank(x) - 1]
+    return x if kept and last else None
 
 
-def _centered(node: Any) -> fx.Node | None:
+def _centered(node: Any) -> Node | None:
     """``x`` if ``node`` is ``x - mean(x)``."""
     if not is_call(node, aten.sub.Tensor) or node.kwargs:
         return None
@@ -254,7 +257,7 @@ def _centered(node: Any) -> fx.Node | None:
     return x if _mean_of(mean) is x else None
 
 
-def _variance_of_pair(pair: fx.Node) -> fx.Node | None:
+def _variance_of_pair(pair: Node) -> Node | None:
     x = pair.args[0]
-    last = dims_arg(pair.args[1] if len(pair.args) > 1 else pair.kwargs.get("dim"), rank(x)) == [rank(x) - 1]  # type: ignore[arg-type]
-    return x if last and pair.kwargs.get("keepdim") else None  # type: ignore[return-value]
+    last = dims_arg(pair.args[1] if len(pair.args) > 1 else pair.kwargs.get("dim"), rank(x)) == [rank(x) - 1]
+    return x if last and pair.kwargs.get("keepdim") else None

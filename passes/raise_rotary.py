@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from gptq_compile.passes.common import (
+    Node,
     both_orders,
     dtype,
     eliminate_dead,
     feature_slice,
     is_call,
+    is_node,
     is_tensor,
     rank,
     replace,
     same_shape,
     shape,
     swapped_axes,
-)  # fmt: skip
+)
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
 
@@ -40,9 +41,9 @@ ops = torch.ops.gptq_compile
 class _Turn:
     """A match: ``x`` turned by tables of its shape's last axis; ``half`` if they hold one value per pair."""
 
-    x: fx.Node
-    cos: fx.Node
-    sin: fx.Node
+    x: Node
+    cos: Node
+    sin: Node
     interleaved: bool
     half: bool = False
 
@@ -63,19 +64,19 @@ class RaiseRotary(Pass):
         return eliminate_dead(program) | changed
 
 
-def _match_whole(node: fx.Node) -> _Turn | None:
+def _match_whole(node: Node) -> _Turn | None:
     for straight, turned in both_orders(node):
-        for x, cos in both_orders(straight) if isinstance(straight, fx.Node) else ():
+        for x, cos in both_orders(straight) if is_node(straight) else ():
             if not (is_tensor(x) and is_tensor(cos)):
                 continue
-            for rotated, sin in both_orders(turned) if isinstance(turned, fx.Node) else ():
+            for rotated, sin in both_orders(turned) if is_node(turned) else ():
                 kind = _rotated_kind(rotated, x) if is_tensor(sin) else None
                 if kind is not None and same_shape(node, x) and same_shape(cos, sin):
                     return _Turn(x, cos, sin, kind)
     return None
 
 
-def _rotated_kind(rotated: Any, x: fx.Node) -> bool | None:
+def _rotated_kind(rotated: Any, x: Node) -> bool | None:
     """False if ``rotated`` is ``x`` turned by halves, True by neighbours, None if neither."""
     width = shape(x)[-1]
     if not isinstance(width, int) or width % 2:
@@ -101,7 +102,7 @@ def _rotated_kind(rotated: Any, x: fx.Node) -> bool | None:
 
 
 def _stretch(node: Any) -> tuple[Any, ...] | None:
-    return feature_slice(node) if isinstance(node, fx.Node) else None
+    return feature_slice(node) if is_node(node) else None
 
 
 def _negated_stretch(node: Any) -> tuple[Any, ...] | None:
@@ -112,17 +113,17 @@ def _negated_stretch(node: Any) -> tuple[Any, ...] | None:
     return None
 
 
-def _match_halves(node: fx.Node) -> _Turn | None:
+def _match_halves(node: Node) -> _Turn | None:
     """``cat(x1 * c - x2 * s, x2 * c + x1 * s)``."""
-    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2:  # type: ignore[arg-type]
+    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2:
         return None
     axis = node.args[1] if len(node.args) > 1 else 0
-    low, high = node.args[0]  # type: ignore[misc]
-    if axis % rank(node) != rank(node) - 1 or not is_call(low, aten.sub.Tensor) or low.kwargs:  # type: ignore[operator]
+    low, high = node.args[0]
+    if axis % rank(node) != rank(node) - 1 or not is_call(low, aten.sub.Tensor) or low.kwargs:
         return None
     minuend, subtrahend = low.args
-    for x1, cos in both_orders(minuend) if isinstance(minuend, fx.Node) else ():
-        for x2, sin in both_orders(subtrahend) if isinstance(subtrahend, fx.Node) else ():
+    for x1, cos in both_orders(minuend) if is_node(minuend) else ():
+        for x2, sin in both_orders(subtrahend) if is_node(subtrahend) else ():
             first, second = _stretch(x1), _stretch(x2)
             if first is None or second is None or first[0] is not second[0]:
                 continue
@@ -135,11 +136,11 @@ def _match_halves(node: fx.Node) -> _Turn | None:
     return None
 
 
-def _is_product(node: Any, stretch: tuple[Any, ...], table: fx.Node) -> bool:
-    return isinstance(node, fx.Node) and any(_stretch(a) == stretch and b is table for a, b in both_orders(node))
+def _is_product(node: Any, stretch: tuple[Any, ...], table: Node) -> bool:
+    return is_node(node) and any(_stretch(a) == stretch and b is table for a, b in both_orders(node))
 
 
-def _rewrite(program: Program, node: fx.Node, turn: _Turn) -> bool:
+def _rewrite(program: Program, node: Node, turn: _Turn) -> bool:
     x = turn.x
     if rank(x) != 4 or rank(turn.cos) not in (3, 4) or dtype(x) != dtype(node):
         return False
@@ -162,7 +163,7 @@ def _rewrite(program: Program, node: fx.Node, turn: _Turn) -> bool:
     return True
 
 
-def _head_axis(x: fx.Node, table: fx.Node) -> int | None:
+def _head_axis(x: Node, table: Node) -> int | None:
     """1 if ``x`` is ``[1, heads, n, d]``, 2 if it is ``[1, n, heads, d]``, as the table's broadcasting tells."""
     sizes, t = shape(x), [1] * (4 - rank(table)) + list(shape(table))
     if not (isinstance(sizes[0], int) and sizes[0] == 1):
@@ -174,24 +175,24 @@ def _head_axis(x: fx.Node, table: fx.Node) -> int | None:
     return None
 
 
-def _table(program: Program, table: fx.Node, head_axis: int, half: bool) -> fx.Node:
+def _table(program: Program, table: Node, head_axis: int, half: bool) -> Node:
     """A table ``[1, n, R]`` out of one that broadcasts over heads."""
     if rank(table) == 4:
-        if is_call(table, aten.unsqueeze.default) and table.args[1] % 4 == head_axis:  # type: ignore[operator]
-            table = table.args[0]  # type: ignore[assignment]
+        if is_call(table, aten.unsqueeze.default) and table.args[1] % 4 == head_axis:
+            table = table.args[0]
         else:
             table = program.call(aten.squeeze.dim, (table, head_axis), like=table)
     # A rank 3 table broadcasts against [1, heads, n, d] from the right, so it is [1, n, R] already.
     return program.call(aten.cat.default, ([table, table], -1), like=table) if half else table
 
 
-def _extend_to_head(program: Program, node: fx.Node) -> bool:
+def _extend_to_head(program: Program, node: Node) -> bool:
     """``cat(rotary(x[..., :r]), x[..., r:])`` is ``rotary(x)``, with or without transposes around."""
-    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2:  # type: ignore[arg-type]
+    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2:
         return False
     axis = node.args[1] if len(node.args) > 1 else 0
-    turned, rest = node.args[0]  # type: ignore[misc]
-    if axis % rank(node) != rank(node) - 1:  # type: ignore[operator]
+    turned, rest = node.args[0]
+    if axis % rank(node) != rank(node) - 1:
         return False
     swap = swapped_axes(turned)
     rotary = swap[0] if swap is not None and swap[1:] == (1, 2) else turned
