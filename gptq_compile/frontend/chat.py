@@ -28,9 +28,9 @@ def render(chat: dict[str, Any], messages: Messages, generation_prompt: bool = T
     Raises:
         KeyError: for a role the template does not have.
     """
-    if chat["default_system"] is not None and (not messages or messages[0][0] != "system"):
-        messages = [("system", chat["default_system"]), *messages]
     text = chat["bos"]
+    if chat["default_system"] and messages[0][0] != "system":
+        text += chat["default_system"]
     for role, content in messages:
         text += chat["roles"][role]["prefix"] + content + chat["roles"][role]["suffix"]
     return text + (chat["generation_prompt"] if generation_prompt else "")
@@ -44,8 +44,8 @@ def decompose(tokenizer: Any) -> dict[str, Any] | None:
 
     Returns:
         ``{"bos", "roles": {role: {"prefix", "suffix"}}, "generation_prompt", "default_system"}``; ``default_system`` is
-        the text the template puts in when a conversation has no system message, or None. None if the tokenizer has no
-        template or it does more than the pieces can say.
+        the whole text, markers included, that the template puts before a conversation without a system message, or
+        None. None if the tokenizer has no template or it does more than the pieces can say.
     """
     if not getattr(tokenizer, "chat_template", None):
         log.info("The tokenizer has no chat template.")
@@ -87,20 +87,13 @@ def _candidates(rendered: Render, bos: str, with_system: bool) -> list[dict[str,
                 "user": {"prefix": user_prefix, "suffix": user_suffix},
                 "assistant": {"prefix": user_to_assistant.removeprefix(user_suffix), "suffix": assistant_suffix},
             }
-            default = None
             if with_system:
                 before, system_to_user = _between(rendered([("system", _S), ("user", _U)], False), _S, _U)
                 if not before.startswith(start) or not system_to_user.endswith(user_prefix):
                     continue
-                system = {"prefix": before.removeprefix(start), "suffix": system_to_user.removesuffix(user_prefix)}
-                roles["system"] = system
-                middle = preamble.removeprefix(start)
-                if middle:
-                    if not (middle.startswith(system["prefix"]) and middle.endswith(system["suffix"])):
-                        continue
-                    default = middle[len(system["prefix"]) : len(middle) - len(system["suffix"])]
-            else:
-                start = preamble
+                suffix = system_to_user.removesuffix(user_prefix)
+                roles["system"] = {"prefix": before.removeprefix(start), "suffix": suffix}
+            default = preamble.removeprefix(start) or None
             opening = prompt.removeprefix(plain)
             found.append({"bos": start, "roles": roles, "generation_prompt": opening, "default_system": default})
         return found

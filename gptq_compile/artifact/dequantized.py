@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a Hugging Face folder with the dequantized weights, so that anybody can check the compiled model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptq_compile.artifact.files import StagedFolder
+from gptq_compile.artifact.tensors import TensorWriter
+from gptq_compile.errors import OutputError
+from gptq_compile.frontend.source import ModelSource
+
+SHARD_BYTES = 5_000_000_000  # what save_pretrained used to cut at, and what the hub likes
+
+
+def write_dequantized(
+    source: ModelSource,
+    overrides: Mapping[str, Tensor | Callable[[], Tensor]],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes a folder that ``AutoModelForCausalLM.from_pretrained`` loads, one tensor in memory at a time.
+
+    Args:
+        source: the model; gives every tensor that is not overridden, config, generation config and tokenizer.
+        overrides: parameter name -> dequantized weight of the parameter's shape, or a function that makes it. One for
+            a tied parameter (an ``lm_head`` that shares the embedding) unties it.
+        out: a place that does not exist or is an empty folder.
+        dtype: of the floating-point tensors: float32, float16 or bfloat16.
+        shard_bytes: most bytes of one file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder exists, the disk is full, or an override does not fit the model.
+    """
+    params = source.params.copy()
+    plan: dict[str, Callable[[], Tensor]] = {name: partial(params.get, name) for name in params}
+    for name, value in overrides.items():
+        if name not in params:
+            raise OutputError(f"There is no parameter {name!r} in {source.name} to override.")
+        plan[name] = _fitting(name, params.shape(name), value)
+    untied = any(params.canonical(name) != name for name in overrides)
+    sizes = {name: math.prod(params.shape(name)) * _stored(params.dtype(name), dtype).itemsize for name in plan}
+    shards = _shards(sizes, shard_bytes)
+    needed = sum(sizes.values())
+    with StagedFolder(out, disk_needed=needed) as folder:
+        where: dict[str, str] = {}
+        for i, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            # Integers (8 bytes) before floats keeps everything aligned without the padding tensors of an artifact.
+            names = sorted(names, key=lambda name: params.dtype(name).is_floating_point)
+            reserve = sum(len(name) + 160 for name in names)
+            with TensorWriter(folder.place(file), {"format": "pt"}, reserve=reserve, alignment=1) as writer:
+                for name in names:
+                    writer.add(name, plan[name]().to(_stored(params.dtype(name), dtype)))
+                    where[name] = file
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": needed}, "weight_map": where}
+            folder.add(json.dumps(index, indent=2).encode(), "model.safetensors.index.json")
+        config = json.loads(source.config_json())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        if untied:
+            config["tie_word_embeddings"] = False
+        folder.add(json.dumps(config, indent=2).encode(), "config.json")
+        folder.add(source.generation_json(), "generation_config.json")
+        for name, content in source.tokenizer_files.items():
+            folder.add(content, name)
+        folder.commit()
+    return folder.out
+
+
+def _fitting(name: str, shape: tuple[int, ...], value: Tensor | Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A loader of an override that makes sure of its shape."""
+
+    def load() -> Tensor:
+        tensor = value if isinstance(value, Tensor) else value()
+        if tuple(tensor.shape) != shape:
+            raise OutputError(f"The override of {name!r} has shape {list(tensor.shape)}, the model's is {list(shape)}.")
+        return tensor
+
+    return load
+
+
+def _stored(dtype: torch.dtype, floating: torch.dtype) -> torch.dtype:
+    """What a tensor is written as: floating-point ones as asked, others as they are."""
+    return floating if dtype.is_floating_point else dtype
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut where a file would exceed the limit (a larger tensor has a file of its own)."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
