@@ -115,6 +115,12 @@ class Driver:
         self("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._ordinal(index))
         return context
 
+    def stream(self) -> ctypes.c_void_p:
+        """Creates a stream that does not wait for the legacy default stream."""
+        stream = ctypes.c_void_p()
+        self("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
+        return stream
+
     def _ordinal(self, index: int) -> int:
         device = ctypes.c_int()
         self("cuDeviceGet", ctypes.byref(device), index)
@@ -136,7 +142,7 @@ class Graph:
         finally:
             driver("cuGraphDestroy", graph)
 
-    def launch(self, stream: ctypes.c_void_p) -> None:
+    def launch(self, stream: ctypes.c_void_p | None) -> None:
         """Enqueues one replay."""
         self._driver("cuGraphLaunch", self._exec, stream)
 

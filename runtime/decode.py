@@ -76,18 +76,20 @@ class DecodeBatch:
         key = self._penalized
         if key not in self._warm:
             # The first step runs directly: it loads kernels and fills the VM's memory pool, which capture cannot.
-            self._check_in_place(self._run())
+            outputs = self._run()
+            self._check_in_place(outputs)
             self._warm.add(key)
         else:
             if key not in self._graphs:
                 self._graphs[key] = self._device.capture(self._run)
             graph = self._graphs[key]
             if graph is None:
-                self._run()
+                outputs = self._run()
             else:
-                graph.launch(self._device.handle)  # type: ignore[attr-defined]
-        # After `advance` the input ids are the tokens just sampled.
-        self._ring.push(self._launched % self._device.depth, self._input_ids.data_ptr(), self.size)
+                graph.launch(self._device.handle)
+                outputs = graph.keep[0]
+        # The sampled tokens, not the next input ids: a row whose logits are invalid has token -1 here and 0 there.
+        self._ring.push(self._launched % self._device.depth, outputs[1].data_ptr(), self.size)
         self._launched += 1
 
     def collect(self) -> np.ndarray:

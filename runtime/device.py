@@ -20,6 +20,7 @@ from gptq_compile.runtime.ffi import ffi, function
 
 log = logging.getLogger(__name__)
 
+CPUINFO = "/proc/cpuinfo"
 _ALIGNMENT = 64  # bytes; generated code may assume it of every tensor
 _X86_LEVELS = {
     "x86-64-v2": ("sse4_2", "ssse3", "popcnt", "cx16"),
@@ -33,6 +34,7 @@ class CpuDevice:
 
     kind = "cpu"
     depth = 1  # decode steps in flight
+    handle: ctypes.c_void_p | None = None  # of the stream
 
     def __init__(self) -> None:
         self.device = ffi().device("cpu", 0)
@@ -146,13 +148,13 @@ class CudaDevice(CpuDevice):
 
     kind = "cuda"
     depth = 4
+    handle: ctypes.c_void_p
 
     def __init__(self, driver: cuda.Driver, index: int) -> None:
         self.driver, self.index = driver, index
         self._context = driver.primary_context(index)
         driver("cuCtxSetCurrent", self._context)
-        self.handle = ctypes.c_void_p()
-        driver("cuStreamCreate", ctypes.byref(self.handle), cuda._STREAM_NON_BLOCKING)
+        self.handle = driver.stream()
         self.device = ffi().device("cuda", index)
         self._allocate = function("runtime.TVMTensorAllocWithScope")
         self._staged = {}
@@ -292,7 +294,7 @@ def _check_cpu(archs: Sequence[str]) -> None:
             f"This artifact was compiled for x86-64, and this machine is {platform.machine()}. Compile it there."
         )
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
+        with open(CPUINFO, encoding="utf-8") as f:
             flags = next((set(line.split(":", 1)[1].split()) for line in f if line.startswith("flags")), None)
     except OSError:
         return

@@ -16,7 +16,7 @@ from gptq_compile.runtime.artifact import Artifact
 from gptq_compile.runtime.cache import PagedCache, default_tokens
 from gptq_compile.runtime.decode import DecodeBatch
 from gptq_compile.runtime.device import CpuDevice, open_device
-from gptq_compile.runtime.errors import ArtifactError, ContextError, RequestError
+from gptq_compile.runtime.errors import ArtifactError, ContextError, LogitsError, RequestError
 from gptq_compile.runtime.ffi import load_runtime
 from gptq_compile.runtime.manifest import Manifest
 from gptq_compile.runtime.prefill import Chunk, run_forward
@@ -165,6 +165,7 @@ class Engine:
         Raises:
             ContextError: if a prompt does not fit into the context.
             RequestError: if a setting is out of its range.
+            LogitsError: if the model computes NaN or infinite logits.
         """
         single, prompts = self._prompts(prompt)
         eos = self.manifest.eos_token_ids if eos_token_id is None else eos_token_id
@@ -288,6 +289,11 @@ class Engine:
                 for index, sequence in running:
                     while sequence.pieces:
                         yield index, sequence.pieces.popleft()
+                    if sequence.finish_reason == "invalid":
+                        raise LogitsError(
+                            f"The model computed NaN or infinite logits after {sequence.length} tokens of prompt "
+                            f"{index + 1}. The weights are damaged, or values overflow the activation dtype."
+                        )
                 running = [(i, s) for i, s in running if s.finish_reason is None or s.pieces]
         finally:
             for sequence in sequences:

@@ -22,3 +22,7 @@ class ContextError(RuntimeFailure):
 
 class RequestError(RuntimeFailure):
     """A generation setting is outside what it can be."""
+
+
+class LogitsError(RuntimeFailure):
+    """The model computed NaN or infinite logits."""

@@ -21,7 +21,7 @@ class GenerationResult:
     Attributes:
         text: the generated text, without special tokens and without the stop string.
         token_ids: the generated tokens, the end token included.
-        finish_reason: ``"eos"``, ``"stop"`` (a stop string), ``"length"`` or ``"cancelled"``.
+        finish_reason: ``"eos"``, ``"stop"`` (a stop string) or ``"length"``.
         prompt_tokens: length of the prompt.
         prefill_seconds: from submission to the first token, waiting included.
         decode_seconds: from the first token to the last.
@@ -49,7 +49,8 @@ class Sequence:
         page_row: its page table row once it is admitted.
         prefilled: prompt tokens that are in the cache.
         pieces: text that nobody has fetched yet.
-        finish_reason: None while it runs.
+        finish_reason: None while it runs; also ``"cancelled"``, and ``"invalid"`` after NaN or infinite logits, which
+            the sample entry reports as a negative token.
     """
 
     def __init__(self, prompt: Ids[int], settings: SamplingSettings, limit: int, tokenizer: Tokenizer | None) -> None:
@@ -80,6 +81,9 @@ class Sequence:
     def accept(self, token: int) -> None:
         """Appends a generated token, and finishes if it is the last."""
         if self.finish_reason is not None:
+            return
+        if token < 0:
+            self._finish("invalid")
             return
         self._last_token = time.perf_counter()
         if not self.tokens:

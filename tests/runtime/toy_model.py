@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="valid-type"
 """A tiny hand-made artifact with every entry of the runtime contract, and its numpy reference.
 
 The model is small but not trivial: two layers with different paged caches, an output that depends on every earlier
