@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Just enough CUDA for a CPU to run one generated kernel: every thread is a fiber; a fiber that reaches a barrier, a
+// shuffle or an mma waits until its block or warp has arrived. Reads and writes are plain memory accesses.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+struct Dim { unsigned x, y, z; };
+static Dim threadIdx, blockIdx;
+static int emu_threads;
+static std::vector<ucontext_t> emu_fibers;
+static std::vector<char> emu_done;
+static ucontext_t emu_main;
+static int emu_current;
+static long emu_arrived_block, emu_generation_block;
+static long emu_arrived_warp[32], emu_generation_warp[32];
+
+static void emu_yield() { swapcontext(&emu_fibers[emu_current], &emu_main); }
+static void emu_wait(long& arrived, long& generation, int expected) {
+  long mine = generation;
+  if (++arrived == expected) { arrived = 0; ++generation; return; }
+  while (generation == mine) emu_yield();
+}
+static void __syncthreads() { emu_wait(emu_arrived_block, emu_generation_block, emu_threads); }
+static void emu_warp_wait() {
+  int warp = emu_current / 32;
+  emu_wait(emu_arrived_warp[warp], emu_generation_warp[warp], 32);
+}
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define alignas(n) __attribute__((aligned(n)))
+#define uint unsigned int
+#define uchar unsigned char
+
+typedef _Float16 half;
+struct half2 { half x, y; };
+struct uint2 { unsigned x, y; };
+struct __attribute__((aligned(16))) uint4 { unsigned x, y, z, w; };
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+template <typename T> static T emu_read(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) __builtin_trap();  // a GPU faults on misaligned wide loads
+  return *p;
+}
+template <typename T> static T __ldg(const T* p) { return emu_read(p); }
+template <typename T> static T __ldcs(const T* p) { return emu_read(p); }
+static half2 __half2half2(half v) { return {v, v}; }
+static half2 __hmul2(half2 a, half2 b) { return {half(float(a.x) * float(b.x)), half(float(a.y) * float(b.y))}; }
+static half2 __hsub2(half2 a, half2 b) { return {half(float(a.x) - float(b.x)), half(float(a.y) - float(b.y))}; }
+static half2 __hfma2(half2 a, half2 b, half2 c) {
+  return {half(double(a.x) * double(b.x) + double(c.x)), half(double(a.y) * double(b.y) + double(c.y))};
+}
+template <typename A, typename B> static auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
+template <typename A, typename B> static auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
+
+static float emu_values[32][32];
+static float __shfl_xor_sync(unsigned, float v, int mask) {
+  int warp = emu_current / 32, lane = emu_current % 32;
+  emu_values[warp][lane] = v;
+  emu_warp_wait();
+  float other = emu_values[warp][lane ^ mask];
+  emu_warp_wait();
+  return other;
+}
+
+// mma.sync.m16n8k16, fragments as in the PTX manual.
+static half emu_a[32][16][16], emu_b[32][16][8];
+static void emu_put(half* low, half* high, unsigned pair) {
+  uint16_t bits[2] = {uint16_t(pair), uint16_t(pair >> 16)};
+  memcpy(low, &bits[0], 2);
+  memcpy(high, &bits[1], 2);
+}
+static void emu_mma(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  int warp = emu_current / 32, lane = emu_current % 32, g = lane / 4, c = lane % 4;
+  auto& a = emu_a[warp];
+  auto& b = emu_b[warp];
+  emu_put(&a[g][2 * c], &a[g][2 * c + 1], a0);
+  emu_put(&a[g + 8][2 * c], &a[g + 8][2 * c + 1], a1);
+  emu_put(&a[g][2 * c + 8], &a[g][2 * c + 9], a2);
+  emu_put(&a[g + 8][2 * c + 8], &a[g + 8][2 * c + 9], a3);
+  emu_put(&b[2 * c][g], &b[2 * c + 1][g], b0);
+  emu_put(&b[2 * c + 8][g], &b[2 * c + 9][g], b1);
+  emu_warp_wait();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) d[i] += float(a[g + 8 * (i / 2)][k]) * float(b[k][2 * c + i % 2]);
+  emu_warp_wait();
+}
+
+static void (*emu_body)();
+static void emu_entry() {
+  emu_body();
+  emu_done[emu_current] = 1;
+  swapcontext(&emu_fibers[emu_current], &emu_main);
+}
+static void emu_launch(Dim grid, int threads, void (*body)()) {
+  const size_t stack = 64 << 10;
+  emu_threads = threads;
+  emu_body = body;
+  std::vector<char> stacks(stack * threads);
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      emu_fibers.assign(threads, ucontext_t());
+      emu_done.assign(threads, 0);
+      blockIdx = {x, y, 0};
+      for (int t = 0; t < threads; ++t) {
+        getcontext(&emu_fibers[t]);
+        emu_fibers[t].uc_stack.ss_sp = &stacks[stack * t];
+        emu_fibers[t].uc_stack.ss_size = stack;
+        emu_fibers[t].uc_link = &emu_main;
+        makecontext(&emu_fibers[t], emu_entry, 0);
+      }
+      for (int left = threads; left > 0;)
+        for (int t = 0; t < threads; ++t) {
+          if (emu_done[t]) continue;
+          emu_current = t;
+          threadIdx = {unsigned(t), 0, 0};
+          swapcontext(&emu_main, &emu_fibers[t]);
+          left -= emu_done[t];
+        }
+    }
+}
