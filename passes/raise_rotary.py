@@ -78,7 +78,7 @@ def _match_whole(node: Node) -> _Turn | None:
 
 def _rotated_kind(rotated: Any, x: Node) -> bool | None:
     """False if ``rotated`` is ``x`` turned by halves, True by neighbours, None if neither."""
-    width = shape(x)[-1]
+    width = shape(x)[-1] if rank(x) else 1
     if not isinstance(width, int) or width % 2:
         return None
     half = width // 2

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lower_precision``: the float32 program computes in float16 or bfloat16 where kernels do, and stays float32 where
+range or precision is needed.
+
+1. Dialect ops, products of matrices and embedding look-ups run in half precision. Their parameters, norm weights and
+   biases included (kernels take them in the activation's type), are stored in half precision.
+2. Rotary tables, attention sinks, alibi slopes and quantization scales stay float32.
+3. Roots, powers, exponentials, reductions, softmax, trigonometry, sorting and squares (:data:`FLOAT_OPS`) run in
+   float32, and so does arithmetic with a constant that half precision cannot hold.
+4. Whatever is computed from positions alone stays float32, learned position embeddings aside.
+5. Everything else takes the widest type of its inputs that vary; inputs that do not vary follow.
+6. The logits leave in float32, from the product with ``lm_head`` on.
+
+A cast (``aten._to_copy``) is inserted where two types meet, once for each value, and fake values are computed anew.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gptq_compile.errors import ConfigError, ModelError, PassError
+from gptq_compile.passes import dialect, pattern
+from gptq_compile.passes.common import Node, dtype, is_call, is_param, is_tensor
+from gptq_compile.passes.manager import Pass
+from gptq_compile.passes.program import ParamStore, Program, where
+
+aten = torch.ops.aten
+
+HALF_OPS = frozenset(
+    {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "_grouped_mm", "scaled_dot_product_attention"}
+)
+"""ATen ops that run in half precision when they compute on activations, by name; embedding always does."""
+
+FLOAT_OPS = frozenset(
+    {
+        "exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "square", "sqrt", "rsqrt", "reciprocal", "erf",
+        "softplus", "cos", "sin", "mean", "sum", "prod", "var", "var_mean", "std", "norm", "linalg_vector_norm", "logsumexp",
+        "softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "topk", "sort",
+        "argsort", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm",
+    }
+)  # fmt: skip
+"""ATen ops that run in float32, by name."""
+
+_FLOAT_ARGUMENTS = frozenset({"cos", "sin", "sinks", "alibi_slopes"})
+_LEFT_ALONE = frozenset({"scales", "zeros", "codes", "g_idx", "packed", "k_cache", "v_cache"})
+_TOLERANCE = {torch.float16: 1e-4, torch.bfloat16: 1e-2}
+_SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+class LowerPrecision(Pass):
+    """See the module's rules.
+
+    Args:
+        dtype: ``torch.float16`` or ``torch.bfloat16``.
+
+    Raises:
+        ConfigError: for any other dtype.
+    """
+
+    name = "lower_precision"
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        if dtype not in _TOLERANCE:
+            raise ConfigError(f"lower_precision makes float16 or bfloat16 programs, not {dtype}.")
+        self.half = dtype
+
+    @property
+    def tolerance(self) -> float:  # type: ignore[override]
+        """Allowed NMSE of the logits: rounding to 11 (8) bits, amplified by the depth of the model."""
+        return _TOLERANCE[self.half]
+
+    def run(self, program: Program) -> bool:
+        return _Lowering(program, self.half).run()
+
+    def ensures(self, program: Program) -> None:
+        if dtype(program.output) != torch.float32:
+            raise PassError(f"The logits leave as {dtype(program.output)}, not as float32.")
+        for node in program.graph.nodes:
+            if is_call(node, aten.linear.default, aten.embedding.default):
+                types = {dtype(i) for i in node.all_input_nodes if _is_float(i)}
+                if len(types) != 1:
+                    raise PassError(f"{where(node)} mixes {sorted(map(str, types))}.")
+
+
+class _Lowering:
+    """One run of the pass over one program."""
+
+    def __init__(self, program: Program, half: torch.dtype) -> None:
+        self.program = program
+        self.half = half
+        self.activations = pattern.data_nodes(program)
+        self.varying = _varying(program)
+        self.logits = _logits_tail(program)
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.stored: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.changed: set[fx.Node] = set()
+
+    def run(self) -> bool:
+        for node in list(self.program.graph.nodes):
+            if node.op == "call_function":
+                self._lower_caches(node)
+                self._lower(node)
+            elif node.op == "output":
+                (out,) = node.args[0]
+                node.args = ((self._as(out, torch.float32),),)
+        rewritten = bool(self.changed)
+        self._name_stored()
+        return rewritten
+
+    def _lower_caches(self, node: Node) -> None:
+        """Key and value caches are inputs; they hold the type of what is written to them."""
+        if not is_call(node, torch.ops.gptq_compile.paged_attention.default):
+            return
+        for cache in node.args[3:5]:
+            if cache.op == "placeholder" and dtype(cache) != self.half:
+                with self.program.fake_mode:
+                    cache.meta["val"] = torch.empty(cache.meta["val"].shape, dtype=self.half, device="meta")
+                self.changed.add(cache)
+
+    def _lower(self, node: Node) -> None:
+        policy = self._policy(node)
+        names = [a.name for a in node.target._schema.arguments] if hasattr(node.target, "_schema") else []
+        ours = getattr(node.target, "namespace", "") == dialect.NAMESPACE
+
+        def convert(argument: str, value: Any) -> Any:
+            def one(n: fx.Node) -> fx.Node:
+                if policy is None or not _is_float(n) or (ours and argument in _LEFT_ALONE):
+                    return n
+                return self._as(n, torch.float32 if ours and argument in _FLOAT_ARGUMENTS else policy)
+
+            return fx.node.map_arg(value, one)
+
+        args = tuple(convert(names[i] if i < len(names) else "", a) for i, a in enumerate(node.args))
+        kwargs = {k: convert(k, a) for k, a in node.kwargs.items()}
+        if args != node.args or kwargs != node.kwargs:
+            node.args, node.kwargs = args, kwargs
+            self.changed.add(node)
+        if node in self.changed or any(i in self.changed for i in node.all_input_nodes):
+            self.changed.add(node)
+            values = lambda a: fx.node.map_arg(a, lambda n: n.meta["val"])  # noqa: E731
+            try:
+                with self.program.fake_mode:
+                    node.meta["val"] = node.target(*values(node.args), **values(node.kwargs))
+            except Exception as e:
+                raise PassError(f"{where(node)} cannot run in mixed precision: {e}") from e
+
+    def _policy(self, node: Node) -> torch.dtype | None:
+        """The type in which a node's floating inputs are wanted; None if they stay what they are."""
+        if is_call(node, aten._to_copy.default, aten.to.dtype) or not isinstance(node.target, torch._ops.OpOverload):
+            return None
+        name = node.target._schema.name.split("::")[1]
+        if node.target.namespace == dialect.NAMESPACE or name == "embedding":
+            return self.half
+        if name in HALF_OPS and node in self.activations:
+            return self.half
+        inputs = [n for n in node.all_input_nodes if _is_float(n)]
+        if name in FLOAT_OPS or (name == "mul" and node.args[0] is node.args[1]) or node in self.logits:
+            return torch.float32 if any(n in self.varying for n in inputs) else None
+        types = [dtype(n) for n in inputs if n in self.varying]
+        if not types:
+            return None
+        fits = all(_fits(v, self.half) for v in (*node.args, *node.kwargs.values()))
+        return self.half if fits and all(t == self.half for t in types) else torch.float32
+
+    def _as(self, node: Node, to: torch.dtype) -> Node:
+        """The value of ``node`` in another type: a parameter stored so, an earlier cast, or a new one."""
+        if dtype(node) == to:
+            return node
+        if is_param(node):
+            return self._store(node, to)
+        if is_call(node, aten._to_copy.default) and is_tensor(source := node.args[0]):
+            widened = dtype(source) == to and torch.promote_types(to, dtype(node)) == dtype(node)
+            if widened and _is_float(source):
+                return source  # back from a wider type: nothing was lost
+        key = (node, to)
+        if key not in self.casts:
+            with self.program.graph.inserting_after(node):
+                self.casts[key] = self.program.call(aten._to_copy.default, (node,), {"dtype": to}, like=node)
+            self.changed.add(self.casts[key])
+            if node in self.varying:
+                self.varying.add(self.casts[key])
+        return self.casts[key]
+
+    def _store(self, param: Node, to: torch.dtype) -> Node:
+        key = (param, to)
+        if key not in self.stored:
+            base = param.meta["param"]
+            _add_converted(self.program.params, f"{base}.{_SHORT[to]}", base, to)
+            self.stored[key] = self.program._placeholder(f"{base}.{_SHORT[to]}")
+            self.changed.add(self.stored[key])
+        return self.stored[key]
+
+    def _name_stored(self) -> None:
+        """A parameter that is read in one type only keeps its name in the new type."""
+        params = self.program.params
+        for (old, to), new in self.stored.items():
+            name = params.canonical(old.meta["param"])
+            same = [
+                n
+                for n in self.program.param_nodes.values()
+                if params.canonical(n.meta["param"]) == name and n is not old
+            ]
+            if old.users or same or sum(o is old for o, _ in self.stored) > 1:
+                continue
+            _add_converted(params, name, name, to)
+            params.drop(new.meta["param"])
+            new.meta["param"] = old.meta["param"]
+            label = old.name
+            self.program.graph.erase_node(old)
+            new.name = label
+            new.target = label
+
+
+def _add_converted(params: ParamStore, name: str, source: str, to: torch.dtype) -> None:
+    """Registers ``source`` in another type, converted each time it is read."""
+    entry = params.entry(source)
+
+    def load() -> Tensor:
+        tensor = entry.load()
+        converted = tensor.to(to)
+        if not torch.isfinite(converted).all() and torch.isfinite(tensor).all():
+            raise ModelError(
+                f"Parameter {source!r} holds {float(tensor.abs().max()):.3g}, which {to} cannot represent "
+                f"(largest: {torch.finfo(to).max:.3g}). Compile with bfloat16 activations."
+            )
+        return converted
+
+    params.add(name, entry.shape, to, load)
+
+
+def _is_float(node: Any) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype in _SHORT
+
+
+def _fits(value: Any, half: torch.dtype) -> bool:
+    """Whether a constant argument survives in half precision."""
+    if not isinstance(value, float) or value == 0 or not math.isfinite(value):
+        return True
+    info = torch.finfo(half)
+    return info.tiny <= abs(value) <= info.max
+
+
+def _varying(program: Program) -> set[fx.Node]:
+    """The nodes that depend on an input of the program: neither parameters nor computed from parameters alone."""
+    found = set(program.inputs)
+    for node in program.graph.nodes:
+        if any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _logits_tail(program: Program) -> set[fx.Node]:
+    """What lies between the last product (or other half-precision op) and the result, such as a softcap."""
+    tail: set[fx.Node] = set()
+    todo = [program.output]
+    while todo:
+        node = todo.pop()
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = node.target._schema.name.split("::")[1]
+        if node.target.namespace == dialect.NAMESPACE or name in HALF_OPS or name == "embedding":
+            continue
+        if all(u.op == "output" or u in tail for u in node.users):
+            tail.add(node)
+            todo.extend(node.all_input_nodes)
+    return tail
