@@ -46,6 +46,10 @@ class Artifact:
 
     def _check_files(self, verify: bool) -> None:
         root = self.folder.resolve()
+        # The loader looks for dependencies in lib/, so what lies there unlisted could be executed unchecked.
+        for path in sorted(self.folder.glob("lib/*")):
+            if f"lib/{path.name}" not in self.manifest.files:
+                raise ArtifactError(f"{path} is not in the manifest's list of files. Remove it.")
         for name, entry in self.manifest.files.items():
             path = self.folder / name
             if not path.is_file():
@@ -59,7 +63,7 @@ class Artifact:
                     "Copy the artifact again."
                 )
         for name, entry in self.manifest.files.items():
-            if verify or name.endswith(".so"):
+            if verify or _is_library(name):
                 path = self.folder / name
                 try:
                     with path.open("rb") as f:
@@ -85,3 +89,9 @@ class Artifact:
                     f"{where}: it is {info.dtype} {list(info.shape)}, and the manifest says {weight.dtype} "
                     f"{list(weight.shape)}."
                 )
+
+
+def _is_library(name: str) -> bool:
+    """Whether a file is a shared library: ``model.so``, ``lib/libcudart.so.13``."""
+    base = name.rsplit("/", 1)[-1]
+    return base.endswith(".so") or ".so." in base

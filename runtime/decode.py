@@ -19,6 +19,10 @@ from gptq_compile.runtime.errors import ArtifactError
 from gptq_compile.runtime.sequence import Sequence
 from gptq_compile.runtime.vm import Model
 
+# The first steps of a bucket run directly: they load kernels and fill the VM's memory pool, which a capture had better
+# not do. Two, because the VM keeps its last result until the next one, so the first leaves the pool one set short.
+WARM_UP_STEPS = 2
+
 
 class DecodeBatch:
     """Device state of one bucket size. Rows beyond the sequences write to the scratch page and are ignored."""
@@ -37,7 +41,7 @@ class DecodeBatch:
         self._penalized = False
         self._ring = device.ring(device.depth, size)
         self._graphs: dict[bool, cuda.Graph | None] = {}
-        self._warm: set[bool] = set()
+        self._direct_steps = {False: 0, True: 0}
         self._launched = self._collected = 0
 
     @property
@@ -74,11 +78,11 @@ class DecodeBatch:
     def launch(self) -> None:
         """Enqueues one step."""
         key = self._penalized
-        if key not in self._warm:
-            # The first step runs directly: it loads kernels and fills the VM's memory pool, which capture cannot.
+        if self._direct_steps[key] < WARM_UP_STEPS:
             outputs = self._run()
-            self._check_in_place(outputs)
-            self._warm.add(key)
+            if self._direct_steps[key] == 0:
+                self._check_in_place(outputs)
+            self._direct_steps[key] += 1
         else:
             if key not in self._graphs:
                 self._graphs[key] = self._device.capture(self._run)

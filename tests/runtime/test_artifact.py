@@ -172,12 +172,25 @@ def test_a_link_out_of_the_folder_is_refused(copy: pathlib.Path, tmp_path: pathl
         Engine.load(copy)
 
 
-def test_an_unlisted_runtime_library_is_not_loaded(copy: pathlib.Path) -> None:
-    data = json.loads((copy / "manifest.json").read_text())
-    del data["files"]["lib/libtvm_runtime.so"]
-    (copy / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(ArtifactError, match="not in the list of files"):
+def test_an_unlisted_library_is_not_loaded(copy: pathlib.Path) -> None:
+    (copy / "lib" / "libcudart.so.13").write_text("evil")
+    with pytest.raises(ArtifactError, match=r"libcudart\.so\.13 is not in the manifest's list"):
         Engine.load(copy)
+
+
+def test_the_runtime_library_must_be_listed(copy: pathlib.Path, toy: ModuleType) -> None:
+    (copy / "lib" / "libtvm_runtime.so").unlink()
+    toy.write_manifest(copy, toy.manifest())
+    with pytest.raises(ArtifactError, match=r"lib/libtvm_runtime\.so is not in the list of files"):
+        Engine.load(copy)
+
+
+def test_versioned_libraries_are_hashed_even_without_verify(copy: pathlib.Path, toy: ModuleType) -> None:
+    (copy / "lib" / "libcudart.so.13").write_bytes(b"some library")
+    toy.write_manifest(copy, toy.manifest())
+    flip(copy / "lib" / "libcudart.so.13")
+    with pytest.raises(ArtifactError, match=r"libcudart\.so\.13 is not the file"):
+        Engine.load(copy, verify=False)
 
 
 @pytest.mark.parametrize(

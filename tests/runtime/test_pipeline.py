@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gptq_compile.runtime import engine as engine_module
+from gptq_compile.runtime.decode import WARM_UP_STEPS
 from gptq_compile.runtime.device import CpuDevice
 from gptq_compile.runtime.engine import Engine
 
@@ -146,8 +147,8 @@ def test_one_graph_per_bucket_and_penalty(late: tuple[Engine, LateDevice]) -> No
     for _ in range(3):
         engine.generate("one", 12, eos_token_id=[])
     assert len(device.captures) == 1
-    # Every step is launched once: the first call's warm-up runs directly, the first token of each comes from prefill.
-    assert device.launches == 3 * 11 - 1
+    # Every step runs once: the first token comes from prefill, the first call's warm-up runs directly.
+    assert device.launches == 3 * 11 - WARM_UP_STEPS
     engine.generate("one", 12, eos_token_id=[], repetition_penalty=2.0)
     assert len(device.captures) == 2
     engine.generate(PROMPTS[:4], 12, eos_token_id=[])
