@@ -199,10 +199,14 @@ def feature_slice(node: Node) -> tuple[Node, int, int, int] | None:
 def sink_transposes(program: Program, norms: tuple[Any, ...]) -> bool:
     """Moves a swap of inner axes below ops that only look at the last axis, then cancels swaps that meet.
 
-    ``norm(transpose(x, 1, 2))`` becomes ``transpose(norm(x), 1, 2)``, and likewise for stretches of the last axis.
+    ``norm(transpose(x, 1, 2))`` becomes ``transpose(norm(x), 1, 2)``, and likewise for stretches of the last axis and
+    for ``cat`` along it.
     """
     changed = False
     for node in list(program.graph.nodes):
+        if is_call(node, aten.cat.default):
+            changed |= _sink_below_cat(program, node)
+            continue
         if is_call(node, *norms):
             swap = swapped_axes(node.args[0])
         elif (piece := feature_slice(node)) is not None and shape(node)[-1] != 0:
@@ -224,6 +228,22 @@ def sink_transposes(program: Program, norms: tuple[Any, ...]) -> bool:
         replace(node, back)
         changed = True
     return cancel_transposes(program) | changed
+
+
+def _sink_below_cat(program: Program, node: Node) -> bool:
+    """``cat`` of equally transposed pieces along the last axis is the transpose of a ``cat``."""
+    swaps = [swapped_axes(piece) for piece in node.args[0]]
+    last = rank(node) - 1
+    if swaps[0] is None or len(node.args) < 2 or node.args[1] % rank(node) != last or swaps[0][2] == last:
+        return False
+    sources = [s[0] for s in swaps if s is not None and s[1:] == swaps[0][1:]]
+    if len(sources) != len(swaps):
+        return False
+    with program.graph.inserting_before(node):
+        new = program.call(aten.cat.default, (sources, -1), like=node)
+        back = program.call(aten.transpose.int, (new, *swaps[0][1:]), like=node)
+    replace(node, back)
+    return True
 
 
 def cancel_transposes(program: Program) -> bool:

@@ -38,9 +38,9 @@ HALF_OPS = frozenset(
 FLOAT_OPS = frozenset(
     {
         "exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "square", "sqrt", "rsqrt", "reciprocal", "erf",
-        "softplus", "cos", "sin", "mean", "sum", "prod", "var", "var_mean", "std", "norm", "linalg_vector_norm", "logsumexp",
-        "softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "topk", "sort",
-        "argsort", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm",
+        "softplus", "cos", "sin", "mean", "sum", "prod", "var", "var_mean", "std", "norm", "linalg_vector_norm",
+        "logsumexp", "softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "topk",
+        "sort", "argsort", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm",
     }
 )  # fmt: skip
 """ATen ops that run in float32, by name."""
@@ -141,12 +141,19 @@ class _Lowering:
             self.changed.add(node)
         if node in self.changed or any(i in self.changed for i in node.all_input_nodes):
             self.changed.add(node)
-            values = lambda a: fx.node.map_arg(a, lambda n: n.meta["val"])  # noqa: E731
-            try:
-                with self.program.fake_mode:
+            self._retype(node, policy)
+
+    def _retype(self, node: Node, policy: torch.dtype | None) -> None:
+        """Computes the fake value of a node anew."""
+        values = lambda a: fx.node.map_arg(a, lambda n: n.meta["val"])  # noqa: E731
+        try:
+            with self.program.fake_mode:
+                if is_call(node, aten.baddbmm.default):  # its shape function fails on symbolic sizes
+                    node.meta["val"] = node.meta["val"].to(policy)
+                else:
                     node.meta["val"] = node.target(*values(node.args), **values(node.kwargs))
-            except Exception as e:
-                raise PassError(f"{where(node)} cannot run in mixed precision: {e}") from e
+        except Exception as e:
+            raise PassError(f"{where(node)} cannot run in mixed precision: {e}") from e
 
     def _policy(self, node: Node) -> torch.dtype | None:
         """The type in which a node's floating inputs are wanted; None if they stay what they are."""

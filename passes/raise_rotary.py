@@ -39,13 +39,18 @@ ops = torch.ops.gptq_compile
 
 @dataclass(frozen=True)
 class _Turn:
-    """A match: ``x`` turned by tables of its shape's last axis; ``half`` if they hold one value per pair."""
+    """A match: ``x`` turned by tables of its shape's last axis.
+
+    ``half``: the tables hold one value per pair. ``parts``: the two halves are not those of ``x`` but every other
+    feature of it (DeepSeek), and have to be put side by side first.
+    """
 
     x: Node
     cos: Node
     sin: Node
     interleaved: bool
     half: bool = False
+    parts: tuple[Node, Node] | None = None
 
 
 class RaiseRotary(Pass):
@@ -128,11 +133,13 @@ def _match_halves(node: Node) -> _Turn | None:
             if first is None or second is None or first[0] is not second[0]:
                 continue
             x, width = first[0], shape(first[0])[-1]
-            if width % 2 or first[1:] != (0, width // 2, 1) or second[1:] != (width // 2, width, 1):
+            halves = (first[1:], second[1:]) == ((0, width // 2, 1), (width // 2, width, 1))
+            every_other = (first[1:], second[1:]) == ((0, width, 2), (1, width, 2))
+            if width % 2 or not (halves or every_other):
                 continue
             for a, b in both_orders(high):
                 if _is_product(a, second, cos) and _is_product(b, first, sin) and same_shape(cos, sin):
-                    return _Turn(x, cos, sin, False, half=True)
+                    return _Turn(x, cos, sin, False, half=True, parts=None if halves else (x1, x2))
     return None
 
 
@@ -149,6 +156,8 @@ def _rewrite(program: Program, node: Node, turn: _Turn) -> bool:
         if axis is None:
             return False
         cos, sin = (_table(program, t, axis, turn.half) for t in (turn.cos, turn.sin))
+        if turn.parts is not None:
+            x = program.call(aten.cat.default, (list(turn.parts), -1), like=node)
         swap = swapped_axes(x)
         if axis == 2:
             new = program.call(ops.rotary_embedding.default, (x, cos, sin, turn.interleaved), like=node)
