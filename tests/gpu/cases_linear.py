@@ -114,9 +114,16 @@ def _linear(k: int, n: int, rows: int, static: bool, has_bias: bool, **dtypes: s
 def cases() -> list[KernelCase]:
     """Returns the checks of this file."""
     found: list[KernelCase] = []
+    shapes = (
+        (128, 576, 1536, (1, 3, 8)),
+        (32, 1536, 577, (1, 8)),
+        (-1, 100, 37, (3,)),
+        (64, 4096, 256, (1,)),
+        (20, 131, 33, (3,)),
+    )
     for bits in (2, 3, 4, 8):
-        for group, k, n in ((128, 576, 1536), (32, 1536, 577), (-1, 100, 37), (64, 4096, 256), (20, 131, 33)):
-            found += [_quant(bits, group, k, n, rows, True) for rows in (1, 3, 8)]
+        for group, k, n, static in shapes:
+            found += [_quant(bits, group, k, n, rows, True) for rows in static]
             found += [_quant(bits, group, k, n, rows, False) for rows in (1, 3, 17, 257)]
         found += [_quant(bits, 128, 2048, 2304, rows, False) for rows in (5, 200)]
         found += [_quant(bits, 7, 50, 19, 3, static) for static in (True, False)]
