@@ -10,10 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gptq_compile.passes.gptq.threads import one_thread
+
 log = logging.getLogger(__name__)
 
 PANEL = 32  # columns per panel where each column costs several operations: panels stay in cache
 FUSED_PANEL = 128  # columns per panel where a panel is one launch
+SERIAL_ROWS = 16384  # rows below which a column's operations are too short to share among CPU threads
 
 
 @functools.cache
@@ -60,6 +63,19 @@ def quantize_panel(
     """
     if work.is_cuda and (fused := _fused()) is not None:
         return fused(work, upper, scales, zeros, top, error)
+    with one_thread(work.device.type == "cpu" and work.shape[1] < SERIAL_ROWS):
+        return _quantize_panel(work, upper, inverse_pivots, scales, zeros, top, error)
+
+
+def _quantize_panel(
+    work: Tensor,
+    upper: Tensor,
+    inverse_pivots: list[float],
+    scales: Tensor,
+    zeros: Tensor,
+    top: int,
+    error: Tensor,
+) -> Tensor:
     low, high = -zeros, top - zeros
     steps = torch.empty_like(work)  # code - zero
     columns, errors, rounded = work.unbind(0), error.unbind(0), steps.unbind(0)

@@ -17,6 +17,9 @@ from gptq_compile.passes.gptq.grid import fit, fit_groups, zero_points
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.rtn import check_weight, rtn
 from gptq_compile.passes.gptq.solution import RowErrors, Solution, no_errors, row_quadratic, with_errors
+from gptq_compile.passes.gptq.threads import one_thread
+
+SERIAL_WEIGHTS = 1 << 20  # weights up to which solving on a CPU does not gain from threads
 
 
 @torch.no_grad()
@@ -41,6 +44,11 @@ def solve(
         ModelError: NaN or infinite weights.
         CalibrationError: The accumulator saw no tokens or overflowed.
     """
+    with one_thread(weight.device.type == "cpu" and weight.numel() <= SERIAL_WEIGHTS):
+        return _solve(weight, hessian, config, name)
+
+
+def _solve(weight: Tensor, hessian: Hessian | Factor | Tensor, config: QuantizeConfig, name: str) -> Solution:
     start = time.perf_counter()
     k = weight.shape[1]
     config.validate_for_layer(k, name)
@@ -86,7 +94,8 @@ def prepare(hessian: Hessian | Tensor, config: QuantizeConfig) -> Factor:
         CalibrationError: The accumulator saw no tokens or overflowed.
     """
     matrix = hessian.matrix() if isinstance(hessian, Hessian) else hessian
-    return factorize(matrix, config.damp, config.act_order)
+    with one_thread(matrix.device.type == "cpu" and matrix.numel() <= 2 * SERIAL_WEIGHTS):
+        return factorize(matrix, config.damp, config.act_order)
 
 
 def _keep_better(

@@ -224,9 +224,8 @@ def test_mse_grids_lower_the_objective_at_low_bits() -> None:
 @pytest.mark.parametrize("group", [-1, 16])
 def test_act_order_is_the_natural_order_of_a_sorted_problem(group: int, mse: bool) -> None:
     w = weights(12, 48, 22)
-    x = torch.randn(300, 48, generator=torch.Generator().manual_seed(23))
-    x = x * torch.logspace(-1, 1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(24))]
-    h = x.t() @ x
+    energy = torch.logspace(-1, 1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(24))]
+    h = spectrum(48, 1e4, 23).float() * energy * energy[:, None]
     order = torch.argsort(h.diagonal(), descending=True)
     config = QuantizeConfig(wbits=3, group_size=group, static_groups=False, mse=mse)
     permuted = solve(w, h, replace(config, act_order=True))
