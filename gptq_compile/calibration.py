@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptq_compile.errors import CalibrationError
+from gptq_compile.frontend.wording import first_line
 
 log = logging.getLogger(__name__)
 
@@ -260,9 +261,8 @@ def _dataset(spec: str, seed: int) -> Iterator[str]:
     except CalibrationError:
         raise
     except Exception as e:  # the network, the hub, the name, the subset, the split, the format: each its own class
-        lines = str(e).strip().splitlines()
         raise CalibrationError(
-            f"{spec} is neither a file here nor a data set that can be loaded ({lines[0] if lines else e!r}). Write it "
+            f"{spec} is neither a file here nor a data set that can be loaded ({first_line(e)}). Write it "
             "as name[:config][:split], or give a text file."
         ) from e
 

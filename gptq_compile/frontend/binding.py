@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gptq_compile.errors import ModelError
 from gptq_compile.frontend.checkpoint import Checkpoint
+from gptq_compile.frontend.wording import first_line
 from gptq_compile.passes.program import ParamStore
 
 log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def load_with_transformers(model: Any, folder: Path, **kwargs: Any) -> ParamStor
             folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except Exception as e:
-        raise ModelError(f"transformers cannot load the weights of {folder}: {e}") from e
+        raise ModelError(f"transformers cannot load the weights of {folder} ({first_line(e)}).") from e
     loaded, info = result
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder} has no tensor for {missing[0]!r}, needed by a {loaded.config.model_type} model.")

@@ -22,9 +22,13 @@ from torch import Tensor
 
 from gptq_compile.errors import ModelError
 from gptq_compile.frontend.binding import checked, finish, load_with_transformers
+from gptq_compile.frontend.wording import first_line
 from gptq_compile.passes.program import ParamStore
 
 log = logging.getLogger(__name__)
+
+# What reading bytes that are not there, or not what they should be, raises.
+_DAMAGE = (ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError, struct.error)
 
 
 @contextlib.contextmanager
@@ -74,8 +78,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     try:
         return read_gguf_metadata(str(path))[0]
-    except (ValueError, struct.error, UnicodeDecodeError, OSError, MemoryError, IndexError) as e:
-        raise ModelError(f"{path} is truncated or is not a GGUF file ({e}). Download it again.") from e
+    except _DAMAGE as e:
+        raise _damaged(path, e) from e
+
+
+def _damaged(path: Path, e: Exception) -> ModelError:
+    return ModelError(f"{path} is truncated or is not a GGUF file ({first_line(e)}). Download it again.")
 
 
 def _entries(path: Path) -> list[_Entry]:
@@ -83,8 +91,11 @@ def _entries(path: Path) -> list[_Entry]:
     from transformers.integrations.gguf.reader import _mapped, _read_metadata, _read_tensor_table
 
     blob = _mapped(str(path))
-    metadata, count, position = _read_metadata(blob, str(path))
-    table, position = _read_tensor_table(blob, count, position)
+    try:
+        metadata, count, position = _read_metadata(blob, str(path))
+        table, position = _read_tensor_table(blob, count, position)
+    except _DAMAGE as e:
+        raise _damaged(path, e) from e
     alignment = metadata.get("general.alignment", 32)
     start = -(-position // alignment) * alignment
     entries = []
@@ -116,13 +127,14 @@ def load_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     architecture = read_metadata(path)["general.architecture"]
+    _entries(path)  # a truncated file is called so, before transformers stumbles over it
     try:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except ImportError as e:
         raise ModelError("GGUF files need the gguf package: pip install gguf.") from e
     except Exception as e:
         raise ModelError(
-            f"transformers cannot read the GGUF architecture {architecture!r} of {path}: {str(e).splitlines()[0]} "
+            f"transformers cannot read the GGUF architecture {architecture!r} of {path} ({first_line(e)}). "
             "Give the Hugging Face folder of this model instead."
         ) from e
 
@@ -153,7 +165,7 @@ def load_params(path: Path, model: Any) -> ParamStore:
     try:
         names = get_gguf_hf_weights_map(model, processor)
     except NotImplementedError as e:
-        raise ModelError(f"The GGUF architecture {architecture!r} of {path} cannot be read: {e}") from e
+        raise ModelError(f"The GGUF architecture {architecture!r} of {path} cannot be read ({first_line(e)}).") from e
     sources: dict[str, list[_Entry]] = {}
     for entry in entries:
         # Experts' maps lack the suffix that the file's names have.

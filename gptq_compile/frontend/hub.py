@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from gptq_compile.errors import ModelError
+from gptq_compile.frontend.wording import first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Everything but other formats of the same weights: safetensors, configs, tokenizers, templates, remote code.
@@ -75,4 +76,4 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
             "Check the name, or download it where there is a network with `hf download`."
         ) from e
     except OSError as e:
-        raise ModelError(f"The model {name} cannot be downloaded: {str(e).splitlines()[0] if str(e) else e!r}") from e
+        raise ModelError(f"The model {name} cannot be downloaded ({first_line(e)}).") from e

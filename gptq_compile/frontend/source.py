@@ -20,6 +20,7 @@ from gptq_compile.frontend.checkpoint import Checkpoint
 from gptq_compile.frontend.hub import locate
 from gptq_compile.frontend.tokenizer import adds_bos, load_tokenizer, tokenizer_files
 from gptq_compile.frontend.trace import build_model, context_length
+from gptq_compile.frontend.wording import first_line
 from gptq_compile.passes.program import ParamStore
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class ModelSource:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The tokens that end a text: the generation config's (as in transformers), else the tokenizer's or config's."""
+        """The tokens that end a text: the generation config's (as transformers), else the tokenizer's or config's."""
         for value in (self.generation.get("eos_token_id"), self.tokenizer.eos_token_id, self._text("eos_token_id")):
             if tokens := self._tokens(value):
                 return tokens
@@ -147,7 +148,20 @@ def load_source(
 
 
 def _skeleton(config: Any) -> nn.Module:
-    """The model without weights, for its parameter names, shapes and ties."""
+    """The model without weights, for its parameter names, shapes and ties.
+
+    Raises:
+        ModelError: if transformers has no causal language model for this config.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
+        config, "auto_map", {}
+    ):
+        raise ModelError(
+            f"transformers has no causal language model of type {config.model_type!r}; give a model that "
+            "generates text."
+        )
     with hooks.installed():
         return build_model(config, "eager")
 
@@ -239,8 +253,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as e:  # a wrong value raises whatever the config class does
-        lines = str(e).strip().splitlines()
-        raise ModelError(f"transformers does not accept {file}: {lines[0] if lines else e!r}") from e
+        raise ModelError(f"transformers does not accept {file} ({first_line(e)}).") from e
 
 
 def _known(model_type: object) -> bool:
@@ -256,7 +269,7 @@ def _generation(config: Any, folder: Path | None) -> dict[str, Any]:
         try:
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as e:
-            raise ModelError(f"{folder / 'generation_config.json'} is not valid: {str(e).splitlines()[0]}") from e
+            raise ModelError(f"{folder / 'generation_config.json'} is not valid ({first_line(e)}).") from e
     else:
         generation = GenerationConfig.from_model_config(config)
     values = generation.to_diff_dict()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_compile.errors import ModelError
+from gptq_compile.frontend.wording import first_line
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +51,13 @@ def load_tokenizer(folder: Path, *, gguf_file: str | None = None, trust_remote_c
             )
     except Exception as e:  # json, OSError, ValueError, ImportError or a Rust exception, by kind of damage
         what = f"The tokenizer of {folder / gguf_file if gguf_file else folder} cannot be read"
-        raise ModelError(f"{what} ({_first_line(e)}). Download its files again.") from e
+        raise ModelError(f"{what} ({first_line(e)}). Download its files again.") from e
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             f"The tokenizer of {folder} ({type(tokenizer).__name__}) exists only as Python code, and the artifact "
             "needs tokenizer.json. Look for a repository of this model that has one."
         )
     return tokenizer
-
-
-def _first_line(e: Exception) -> str:
-    lines = str(e).strip().splitlines()
-    return lines[0][:200] if lines else type(e).__name__
 
 
 def tokenizer_files(tokenizer: Any, folder: Path | None) -> dict[str, Path | bytes]:
@@ -99,7 +95,7 @@ def _same(path: Path, tokenizer: Any) -> bool:
     try:
         own = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises bare Exception
-        raise ModelError(f"{path} is not a valid tokenizer.json ({_first_line(e)}). Download it again.") from e
+        raise ModelError(f"{path} is not a valid tokenizer.json ({first_line(e)}). Download it again.") from e
     return all(own.encode(text).ids == tokenizer(text)["input_ids"] for text in _PROBES)
 
 
