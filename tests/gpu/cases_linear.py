@@ -125,6 +125,8 @@ def cases() -> list[KernelCase]:
         for group, k, n, static in shapes:
             found += [_quant(bits, group, k, n, rows, True) for rows in static]
             found += [_quant(bits, group, k, n, rows, False) for rows in (1, 3, 17, 257)]
+        # Large enough for --benchmark to mean something.
+        found += [_quant(bits, 128, 4096, 4096, 1, True), _quant(bits, 128, 4096, 4096, 512, False)]
         found += [_quant(bits, 128, 2048, 2304, rows, False) for rows in (5, 200)]
         found += [_quant(bits, 7, 50, 19, 3, static) for static in (True, False)]
         found += [_quant(bits, 1, 33, 9, 1, True), _quant(bits, 128, 256, 65, 17, False, "float32")]
