@@ -53,7 +53,7 @@ def _decode(case: Case, target: Target) -> Any:
     GT = next(tile for tile in (4, 3, 2, 1) if G % tile == 0)
     combine = T.parallel if n * p.heads * S * Dv > 1 << 16 else T.serial
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def paged_attention(
         q: T.Buffer((n, p.heads, D), dtype),
         k_cache: T.Buffer((num_pages, Hkv, P, D), dtype),
@@ -212,7 +212,7 @@ def _prefill(case: Case, target: Target) -> Any:
                             acc[(r * tile + c) * lanes + v] + left[row + r, k] * right[k, column + c * lanes + v]
                         )
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def paged_attention(
         q: T.Buffer((n, p.heads, D), dtype),
         k_cache: T.Buffer((num_pages, Hkv, P, D), dtype),
@@ -359,7 +359,7 @@ def _append(case: Case, target: Target) -> Any:
     KL, VL = tm.lanes(D, 16), tm.lanes(Dv, 16)
     loop = T.serial if case.rows is not None and case.rows * H * (D + Dv) <= 1 << 15 else T.parallel
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def kv_append(
         k: T.Buffer((n, H, D), dtype),
         v: T.Buffer((n, H, Dv), dtype),

@@ -20,7 +20,7 @@ def _gated(case: Case, target: Target) -> Any:
     L = tm.lanes(F)
     loop = row_loop(case, F)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), dtype)):
         for i in loop(m):
             for k in range(F // L):

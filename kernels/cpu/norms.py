@@ -28,7 +28,7 @@ def _rms_norm(case: Case, target: Target) -> Any:
     L = tm.lanes(C)
     loop = row_loop(case, C)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def rms_norm(x: T.Buffer((m, C), dtype), weight: T.Buffer((C,), dtype), out: T.Buffer((m, C), dtype)):
         for i in loop(m):
             acc = T.alloc_buffer((L,), "float32")
@@ -64,7 +64,7 @@ def _layer_norm(case: Case, target: Target) -> Any:
     L = tm.lanes(C)
     loop = row_loop(case, C)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def layer_norm(
         x: T.Buffer((m, C), dtype),
         weight: T.Buffer((C,), dtype),

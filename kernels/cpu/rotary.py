@@ -22,7 +22,7 @@ def _rotary(case: Case, target: Target) -> Any:
     L, CL = tm.lanes(half), tm.lanes(D - R) if D > R else 1
     loop = row_loop(case, H * D)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def rotary_embedding(
         x: T.Buffer((n, H, D), dtype),
         cos: T.Buffer((n, R), table_dtype),

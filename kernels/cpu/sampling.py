@@ -57,7 +57,7 @@ def _sample(case: Case, target: Target) -> Any:
                 "int64", T.Select(logits[row, V // L * L + i] >= low, weights[V // L * L + i], T.int32(0))
             )
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def sample(
         logits: T.Buffer((b, V), "float32"),
         temperature: T.Buffer((b,), "float32"),
@@ -163,7 +163,7 @@ def _sample(case: Case, target: Target) -> Any:
 def _repetition_penalty(case: Case, target: Target) -> Any:
     b, V, L = tm.rows(case, "b"), vocabulary(case), _LANES
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def repetition_penalty(
         logits: T.Buffer((b, V), "float32"), seen: T.Buffer((b, V), "uint8"), penalty: T.Buffer((b,), "float32")
     ):
@@ -185,7 +185,7 @@ def _repetition_penalty(case: Case, target: Target) -> Any:
 def _mark_seen(case: Case, target: Target) -> Any:
     b, V = tm.rows(case, "b"), vocabulary(case)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def mark_seen(seen: T.Buffer((b, V), "uint8"), tokens: T.Buffer((b,), "int32")):
         for row in T.serial(b):
             if tokens[row] >= 0 and tokens[row] < V:
@@ -198,7 +198,7 @@ def _advance(case: Case, target: Target) -> Any:
     b, P = tm.rows(case, "b"), int(case.get("page_size", 16))
     pages = tm.symbol("p")
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def advance(
         tokens: T.Buffer((b,), "int32"),
         page_table: T.Buffer((b, pages), "int32"),

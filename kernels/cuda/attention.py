@@ -93,7 +93,7 @@ def _attention(case: Case, target: Target, splits: int) -> Any:
                 o[g * v_loads * L + e] * mine[0] + shuffle_xor(o[g * v_loads * L + e], offset) * theirs[0]
             )
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def paged_attention(
         q: T.Buffer((n, p.heads, D), dtype),
         k_cache: T.Buffer((num_pages, Hkv, P, D), dtype),
@@ -297,7 +297,7 @@ def _append(case: Case, target: Target) -> Any:
     KL, VL = vector_width(D, dtype), vector_width(Dv, dtype)
     k_chunks, v_chunks = H * D // KL, H * Dv // VL
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def kv_append(
         k: T.Buffer((n, H, D), dtype),
         v: T.Buffer((n, H, Dv), dtype),

@@ -22,7 +22,7 @@ def _gated(case: Case, target: Target) -> Any:
     L = vector_width(F, dtype)
     chunks = F // L
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), dtype)):
         for row in T.thread_binding(m, thread="blockIdx.x"):
             for by in T.thread_binding((chunks + _THREADS - 1) // _THREADS, thread="blockIdx.y"):

@@ -35,7 +35,7 @@ def _norm(case: Case, centered: bool, has_weight: bool, has_bias: bool, offset: 
     m, C, dtype, eps = tm.rows(case, "m"), int(case["channels"]), case.dtype, float(case["eps"])
     L, threads, loads = _geometry(C, dtype)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def norm(
         x: T.Buffer((m, C), dtype),
         weight: T.Buffer((C,), dtype),
@@ -92,7 +92,7 @@ def _norm(case: Case, centered: bool, has_weight: bool, has_bias: bool, offset: 
                             out[row, (i * threads + tx) * L + v] = packed[v]
 
     absent = [name for name, present in (("weight", has_weight), ("bias", has_bias)) if not present]
-    return tm.without_params(norm, absent)
+    return tm.without_params(norm, absent).with_attr("global_symbol", case.op)
 
 
 def _rms_norm(case: Case, target: Target) -> Any:

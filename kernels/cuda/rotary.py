@@ -21,7 +21,7 @@ def _rotary(case: Case, target: Target) -> Any:
     interleaved = bool(case.get("interleaved", False))
     half, rest = R // 2, D - R
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def rotary_embedding(
         x: T.Buffer((n, H, D), dtype),
         cos: T.Buffer((n, R), table_dtype),

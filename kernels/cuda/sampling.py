@@ -85,7 +85,7 @@ def _sample(case: Case, target: Target) -> Any:
             else:
                 beyond[0] = middle
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def sample(
         logits: T.Buffer((b, V), "float32"),
         temperature: T.Buffer((b,), "float32"),
@@ -276,7 +276,7 @@ def _sample(case: Case, target: Target) -> Any:
 def _repetition_penalty(case: Case, target: Target) -> Any:
     b, V, threads = tm.rows(case, "b"), vocabulary(case), 256
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def repetition_penalty(
         logits: T.Buffer((b, V), "float32"), seen: T.Buffer((b, V), "uint8"), penalty: T.Buffer((b,), "float32")
     ):
@@ -294,7 +294,7 @@ def _repetition_penalty(case: Case, target: Target) -> Any:
 def _mark_seen(case: Case, target: Target) -> Any:
     b, V = tm.rows(case, "b"), vocabulary(case)
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def mark_seen(seen: T.Buffer((b, V), "uint8"), tokens: T.Buffer((b,), "int32")):
         for block in T.thread_binding((b + WARP - 1) // WARP, thread="blockIdx.x"):
             for tx in T.thread_binding(WARP, thread="threadIdx.x"):
@@ -309,7 +309,7 @@ def _advance(case: Case, target: Target) -> Any:
     b, P = tm.rows(case, "b"), int(case.get("page_size", 16))
     pages = tm.symbol("p")
 
-    @T.prim_func(private=True, s_tir=True)
+    @T.prim_func(s_tir=True)
     def advance(
         tokens: T.Buffer((b,), "int32"),
         page_table: T.Buffer((b, pages), "int32"),
