@@ -13,9 +13,9 @@ from typing import Any
 from gptq_compile.artifact.files import StagedFolder, sha256
 from gptq_compile.artifact.tensors import TensorWriter
 from gptq_compile.errors import OutputError
+from gptq_compile.runtime.manifest import SCHEMA_VERSION, WEIGHT_DTYPES
 
 FORMAT = "gptq-compile"
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -80,6 +80,10 @@ class ArtifactWriter:
             raise OutputError(f"{MANIFEST} is written by finish().")
         self._folder.add(content if isinstance(content, bytes) else Path(content), name)
 
+    def place(self, name: str) -> Path:
+        """Where to write file ``name`` oneself; its parent folder exists."""
+        return self._folder.place(name)
+
     def add_files(self, files: Mapping[str, Path | bytes]) -> None:
         """Adds several files: name -> path or content."""
         for name, content in files.items():
@@ -102,6 +106,10 @@ class ArtifactWriter:
         with TensorWriter(self._folder.place(file), {"format": FORMAT, **(metadata or {})}) as out:
             for name, tensor in tensors:
                 entry = out.add(name, tensor)
+                if entry["dtype"] not in WEIGHT_DTYPES:
+                    raise OutputError(
+                        f"The weight {name!r} has dtype {entry['dtype']}, which the runtime does not take."
+                    )
                 entries.append(entry if file == WEIGHTS else {**entry, "file": file})
         self._weights += entries
         return entries
