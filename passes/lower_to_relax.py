@@ -82,7 +82,8 @@ class _Kernels:
             selection = select(case, self.target)
             self.chosen[str(case)] = selection
             func = selection.kernel.prim_func(case, self.target)
-            self._functions[case] = self.builder.add_func(func, case.op)
+            # Not the plain op: "sample" and others are names of VM entries.
+            self._functions[case] = self.builder.add_func(func, f"{case.op}_kernel")
         return self._functions[case]
 
     def call(self, case: Case, args: list[Any], shape: Sequence[Any], dtype: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Ids
 from typing import Any
 
@@ -23,6 +23,7 @@ from gptq_compile.runtime.prefill import Chunk, run_forward
 from gptq_compile.runtime.sampling import SamplingSettings, stop_strings
 from gptq_compile.runtime.scheduler import PREFILL_TOKENS, Scheduler
 from gptq_compile.runtime.sequence import GenerationResult, Sequence
+from gptq_compile.runtime.stream import TextStream
 from gptq_compile.runtime.tokenizer import Tokenizer
 from gptq_compile.runtime.vm import Model
 
@@ -155,7 +156,8 @@ class Engine:
             repetition_penalty: makes tokens of the prompt and the output less likely; 1 is off.
             seed: same seed, same tokens; one number for all prompts or one for each.
             stop: strings that end the text; they are left out of it.
-            stream: return an iterator of text as it is generated; for a list of prompts of (index, text).
+            stream: return an iterator of text as it is generated; for a list of prompts of (index, text). Its
+                ``results`` hold the ``GenerationResult`` objects when it has ended.
             eos_token_id: end tokens instead of the model's; an empty list never ends early.
             return_dict_in_generate: return ``GenerationResult`` objects instead of text.
 
@@ -187,7 +189,7 @@ class Engine:
         ]  # fmt: skip
         pieces = self._pieces(sequences)
         if stream:
-            return (text for _, text in pieces) if single else pieces
+            return TextStream(pieces, sequences, single)
         for _ in pieces:
             pass
         results = [s.result() for s in sequences]
@@ -276,7 +278,7 @@ class Engine:
         limit = min(settings.max_new_tokens, capacity - len(ids))
         return Sequence(ids, settings, limit, self.tokenizer)
 
-    def _pieces(self, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
+    def _pieces(self, sequences: list[Sequence]) -> Generator[tuple[int, str], None, None]:
         """Runs sequences to their end, yielding (index, text) as it comes; cancels them if the caller leaves."""
         # Submission happens on the first pull: an iterator nobody reads must not hold cache pages.
         try:

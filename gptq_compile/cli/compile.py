@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gptq-compile MODEL``: quantize and compile a model into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_compile.cli.parser import Parser
+from gptq_compile.errors import ConfigError
+from gptq_compile.options import DTYPES, CompileOptions
+from gptq_compile.passes.gptq.config import METHODS, SEQUENTIAL, QuantizeConfig
+
+if TYPE_CHECKING:
+    from gptq_compile.cli.reporters import Reporter
+
+_EPILOG = """\
+examples:
+  gptq-compile HuggingFaceTB/SmolLM2-135M-Instruct --target cpu --wbits 4 -o smollm2
+  gptq-compile ./model --target cuda:sm_90 --wbits 3 --group-size 64 --calibration text.jsonl -o model-cuda
+  gptq-compile run smollm2 "What is a compiler?"
+"""
+
+_QUANTIZE = {f.name: f.default for f in dataclasses.fields(QuantizeConfig)}
+_COMPILE = {f.name: f.default for f in dataclasses.fields(CompileOptions)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    options = to_options(arguments)
+    # The heavy imports: after every setting was found good, and before anything is printed that they could interrupt.
+    from gptq_compile.cli.reporters import reporter
+
+    with reporter(options, as_json=arguments.json) as report:
+        return compile_with(options, report, dry_run=arguments.dry_run)
+
+
+def compile_with(options: CompileOptions, report: Reporter, *, dry_run: bool) -> int:
+    """Compiles and reports; what goes wrong is reported there too and raised again."""
+    try:
+        report.loading()
+        from gptq_compile.api import compile_model
+
+        report.finish(compile_model(options, report, dry_run=dry_run), dry_run=dry_run)
+    except Exception as e:
+        report.failed(e)
+        raise
+    return 0
+
+
+def to_options(arguments: argparse.Namespace) -> CompileOptions:
+    """The settings that were given, on top of the defaults.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+    given = vars(arguments)
+    quantize = QuantizeConfig(**{k: v for k, v in given.items() if k in _QUANTIZE})
+    rest = {k: v for k, v in given.items() if k in _COMPILE and k != "out"}
+    out = given.get("out") or _default_out(arguments.model, rest.get("target", _COMPILE["target"]), quantize.wbits)
+    return CompileOptions(out=Path(out).expanduser(), quantize=quantize, **rest)
+
+
+def _default_out(model: str, target: str, wbits: int) -> str:
+    name = Path(model).name.removesuffix(".gguf") if Path(model).name not in ("", ".", "..") else "model"
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{target.partition(':')[0]}-w{wbits}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments; only those given end up in the namespace, so that defaults live in one place."""
+    from gptq_compile.cli.main import COMMANDS
+
+    commands = "\n".join(f"  {name:9} {what}" for name, (_, what) in COMMANDS.items())
+    p = Parser(
+        prog="gptq-compile",
+        usage="gptq-compile MODEL [--target cpu|cuda|cuda:sm_90] [--wbits 2|3|4|8] [-o OUT] [options]\n"
+        "       gptq-compile COMMAND ...",
+        description="Quantizes a Hugging Face model with GPTQ and compiles it to one folder of machine code and "
+        f"weights\nthat generates text without torch.\n\ncommands:\n{commands}",
+        epilog=_EPILOG,
+        argument_default=argparse.SUPPRESS,
+    )
+    p.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub id (org/name), or a .gguf file")
+    p.add_argument("-o", "--out", metavar="OUT", help="folder to make (default: NAME-TARGET-wBITS here)")
+    _target(p.add_argument_group("target"))
+    _quantization(p.add_argument_group("quantization"))
+    _calibration(p.add_argument_group("calibration"))
+    _input(p.add_argument_group("input"))
+    _output(p.add_argument_group("output"))
+    _debugging(p.add_argument_group("looking inside"))
+    return p
+
+
+def _target(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target",
+        metavar="T",
+        help=f"cpu, cuda (sm_80, sm_89 and sm_90 in one), or cuda:sm_90 (default: {_COMPILE['target']})",
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="type of activations and KV cache (default: float32 on cpu, float16 on cuda)"
+    )
+    group.add_argument(
+        "--batch-buckets",
+        type=_sizes,
+        metavar="B,B,...",
+        help=f"batch sizes with a decode step of their own (default: {','.join(map(str, _COMPILE['batch_buckets']))})",
+    )
+
+
+def _quantization(group: argparse._ArgumentGroup) -> None:
+    default = _QUANTIZE
+    group.add_argument("--wbits", "--bits", type=int, metavar="N", help=f"2, 3, 4 or 8 (default: {default['wbits']})")
+    group.add_argument(
+        "--group-size",
+        "--groupsize",
+        type=int,
+        metavar="G",
+        help=f"input features that share a scale, -1 for a whole row (default: {default['group_size']})",
+    )
+    group.add_argument("--method", choices=METHODS, help=f"gptq, or rtn: plain rounding (default: {default['method']})")
+    _switch(group, "sym", "symmetric grid without zero points", off=("--asym",))
+    _switch(group, "act_order", "columns by decreasing activation energy", more=("--desc-act",))
+    _switch(group, "static_groups", "grids fitted before the column loop, so that act-order costs nothing at run time")
+    _switch(group, "mse", "clip ranges by squared error instead of min and max")
+    group.add_argument(
+        "--damp",
+        "--percdamp",
+        "--damp-percent",
+        type=float,
+        metavar="F",
+        help=f"added to the Hessian's diagonal, as a fraction of its mean (default: {default['damp']})",
+    )
+    group.add_argument(
+        "--sequential",
+        choices=SEQUENTIAL,
+        help="true: every solve sees all earlier ones quantized; block: the paper's one block at a time "
+        f"(default: {default['sequential']})",
+    )
+    group.add_argument(
+        "--token-weighting",
+        choices=("attention", "none"),
+        help=f"weight of a calibration token in the Hessian (default: {default['token_weighting']})",
+    )
+    _switch(group, "quantize_lm_head", "quantize the output projection too")
+
+
+def _calibration(group: argparse._ArgumentGroup) -> None:
+    default = _QUANTIZE
+    group.add_argument(
+        "--calibration",
+        metavar="SPEC",
+        help="a .txt, .jsonl or .npy (token ids) file, a datasets name as NAME[:CONFIG][:SPLIT], or self: text that "
+        f"the model generates (default: {_COMPILE['calibration']})",
+    )
+    group.add_argument("--nsamples", type=int, metavar="N", help=f"sequences (default: {default['nsamples']})")
+    group.add_argument(
+        "--seqlen", type=int, metavar="N", help=f"tokens of one, at most the context (default: {default['seqlen']})"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help=f"seed of the sequences (default: {default['seed']})")
+    group.add_argument("--device", metavar="D", help="where torch quantizes: cpu, cuda (default: cuda if there)")
+
+
+def _input(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    group.add_argument("--offline", action="store_true", help="take a hub id from the cache only")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the model's repository")
+
+
+def _output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dequantized",
+        type=Path,
+        metavar="DIR",
+        help="also write a Hugging Face folder with the dequantized weights, to check the result against",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace OUT if it is a compiled model")
+    group.add_argument("--dry-run", action="store_true", default=False, help="print the plan and stop")
+    group.add_argument("--json", action="store_true", default=False, help="events as JSON lines on stdout")
+    group.add_argument("-v", "--verbose", action="store_true", help="log what is done; tracebacks; -vv for more")
+    group.add_argument("--version", action="store_true", help="print the version")
+
+
+def _debugging(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before the first and after every pass")
+    group.add_argument("--stop-after", metavar="PASS", help="end after this pass (no artifact)")
+    group.add_argument("--reproducer", type=Path, metavar="DIR", help="if a pass fails, write the IR before it here")
+    group.add_argument(
+        "--no-validate",
+        dest="validate",
+        action="store_false",
+        help="skip running the reference before and after every pass",
+    )
+
+
+def _switch(
+    group: argparse._ArgumentGroup, name: str, what: str, more: tuple[str, ...] = (), off: tuple[str, ...] = ()
+) -> None:
+    """Adds ``--name`` and ``--no-name`` (or the words in ``off``); the last one given wins."""
+    flag = "--" + name.replace("_", "-")
+    on_flags, off_flags = (flag, *more), off or (f"--no-{flag[2:]}", *(f"--no-{m[2:]}" for m in more))
+    default = (on_flags if _QUANTIZE[name] else off_flags)[0]
+    group.add_argument(*on_flags, dest=name, action="store_true", help=f"{what} (default: {default})")
+    group.add_argument(
+        *off_flags, dest=name, action="store_false", help=argparse.SUPPRESS if not off else f"not {flag}"
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ConfigError(
+            f"The batch buckets {text!r} are not whole numbers with commas between, as 1,2,4,8."
+        ) from None
+
+
+def defaults() -> dict[str, Any]:
+    """Every setting with its default, for the documentation's test."""
+    return {**_COMPILE, **_QUANTIZE}

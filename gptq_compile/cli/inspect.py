@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gptq-compile inspect``: what is in a compiled model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gptq_compile.cli.output import json_line, size
+from gptq_compile.cli.parser import Parser
+from gptq_compile.inspect_artifact import Inspection, inspect_artifact
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    p = Parser(prog="gptq-compile inspect", description="What a compiled model is made of. Nothing in it is executed.")
+    p.add_argument("artifact", metavar="OUT", help="the folder that gptq-compile wrote")
+    p.add_argument(
+        "--layers", type=int, default=10, metavar="N", help="show the N worst layers, 0 for all (default: 10)"
+    )
+    p.add_argument("--verify", action="store_true", help="check the sha256 of every file")
+    p.add_argument("--json", action="store_true", help="everything as one JSON object")
+    arguments = p.parse_args(argv)
+    found = inspect_artifact(arguments.artifact, verify=arguments.verify)
+    if arguments.json:
+        json_line(as_json(found))
+        return 0
+    _print(found, arguments.layers, verified=arguments.verify)
+    return 0
+
+
+def as_json(found: Inspection) -> dict[str, Any]:
+    """The inspection as plain values, with the manifest's sections but its per-file lists."""
+    raw = {k: v for k, v in found.manifest.raw.items() if k not in ("weights", "files", "kernels")}
+    raw["quantization"] = {k: v for k, v in raw.get("quantization", {}).items() if k != "layers"}
+    return {
+        "folder": str(found.folder),
+        "size": found.size,
+        "sizes": dict(found.sizes),
+        "dtypes": {k: {"tensors": n, "bytes": b} for k, (n, b) in found.dtypes.items()},
+        "cache_bytes_per_token": found.cache_bytes_per_token,
+        "layers": [dataclasses.asdict(layer) for layer in found.layers],
+        "kernels": {k: list(v) for k, v in found.kernels.items()},
+        "refused": {k: dict(v) for k, v in found.refused.items()},
+        "manifest": raw,
+    }
+
+
+def _print(found: Inspection, shown: int, verified: bool) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+    m, raw = found.manifest, found.manifest.raw
+    about = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    about.add_column(style="dim", no_wrap=True)
+    about.add_column(overflow="fold")
+    model = raw["model"]
+    about.add_row("model", f"{m.name} ({model.get('model_type', '?')}) from {model.get('source', '?')}")
+    about.add_row("target", f"{m.target_kind}: {', '.join(m.archs)}; activations {m.dtype}")
+    about.add_row("quantization", _settings(raw.get("quantization", {})))
+    about.add_row(
+        "context", f"{m.context_length} tokens, vocabulary {m.vocab_size}, chat template: {'yes' if m.chat else 'no'}"
+    )
+    about.add_row("KV cache", f"{size(found.cache_bytes_per_token)} a token ({m.cache_dtype}, pages of {m.page_size})")
+    about.add_row("decode batches", ", ".join(map(str, sorted(m.decode))))
+    about.add_row("size", f"{size(found.size)}: " + ", ".join(f"{k} {size(v)}" for k, v in found.sizes.items()))
+    about.add_row("weights", ", ".join(f"{n} {k} ({size(b)})" for k, (n, b) in found.dtypes.items()))
+    about.add_row("made by", ", ".join(f"{k} {v}" for k, v in raw.get("versions", {}).items() if v))
+    about.add_row("files", f"{len(m.files)}, all there" + (", every sha256 as written" if verified else ""))
+    console.print(about)
+    _print_layers(console, found, shown)
+    if found.kernels:
+        kernels = Table(title="kernels", title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+        for heading in ("kernel", "cases", "first case"):
+            kernels.add_column(heading, overflow="fold")
+        for name, cases in sorted(found.kernels.items()):
+            kernels.add_row(name, str(len(cases)), cases[0])
+        console.print(kernels)
+
+
+def _print_layers(console: Any, found: Inspection, shown: int) -> None:
+    from rich import box
+    from rich.table import Table
+
+    measured = [x for x in found.layers if x.error is not None]
+    if not measured:
+        console.print(f"{len(found.layers)} linears, rounded without measuring an error.\n", markup=False)
+        return
+    mean = sum(x.error or 0.0 for x in measured) / len(measured)
+    with_rtn = [x for x in measured if x.error_rtn is not None]
+    rounding = sum(x.error_rtn or 0.0 for x in with_rtn) / max(1, len(with_rtn))
+    worst = sorted(measured, key=lambda x: -(x.error or 0.0))
+    worst = worst[:shown] if shown > 0 else worst
+    table = Table(
+        title=f"{len(worst)} worst of {len(found.layers)} linears; mean error {mean:.4f}, of rounding {rounding:.4f}",
+        title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False,
+    )  # fmt: skip
+    for heading in ("linear", "shape", "bits", "group", "method", "error", "rounding", "damp", "note"):
+        table.add_column(heading, overflow="fold")
+    for x in worst:
+        table.add_row(
+            x.name, "x".join(map(str, x.shape)), str(x.bits), str(x.group_size), x.method, f"{x.error:.4f}",
+            "" if x.error_rtn is None else f"{x.error_rtn:.4f}", "" if x.damp is None else f"{x.damp:g}", x.note or "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _settings(q: dict[str, Any]) -> str:
+    group = q.get("group_size")
+    words = [
+        f"{q.get('wbits', '?')} bits",
+        "one group per row" if group == -1 else f"groups of {group}",
+        "symmetric" if q.get("sym") else "asymmetric",
+        str(q.get("method", "?")).upper(),
+    ]
+    if q.get("method") == "gptq":
+        words += ["act-order"] if q.get("act_order") else []
+        words += [f"damp {q.get('damp')}", f"sequential {q.get('sequential')}"]
+        words += [f"calibrated on {q.get('nsamples')} x {q.get('seqlen')} tokens of {q.get('calibration')}"]
+    return ", ".join(words)

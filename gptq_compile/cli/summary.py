@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan before the work and the table after it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from gptq_compile.cli.output import duration, size
+
+if TYPE_CHECKING:
+    from gptq_compile.api import CompileResult, Plan
+    from gptq_compile.options import CompileOptions
+    from gptq_compile.passes.gptq_quantize import LinearReport
+
+
+def plan_table(plan: Plan, options: CompileOptions) -> Table:
+    """What will be done, as two columns."""
+    q = options.quantize
+    table = _two_columns("plan")
+    table.add_row(
+        "model", f"{plan.name} ({plan.model_type}), {_count(plan.parameters)} parameters, context {plan.context_length}"
+    )
+    batches = ", ".join(map(str, options.batch_buckets))
+    table.add_row(
+        "target", f"{options.resolved_target}, activations {options.resolved_dtype}, decode batches {batches}"
+    )
+    share = plan.quantized_parameters / plan.parameters if plan.parameters else 0.0
+    table.add_row(
+        "quantize",
+        f"{plan.linears} linears, {_count(plan.quantized_parameters)} weights ({share:.0%}): {_grid(options)}",
+    )
+    if q.method == "gptq":
+        order = ["act-order" if q.act_order else "natural order"]
+        order += ["static groups"] if q.act_order and q.static_groups else []
+        order += ["MSE grids"] if q.mse else []
+        order += [f"token weighting by {q.token_weighting}"] if q.token_weighting != "none" else []
+        table.add_row("method", f"GPTQ, {', '.join(order)}, damp {q.damp:g}, sequential {q.sequential}")
+        tokens = min(q.seqlen, plan.context_length)
+        source = "text the model generates" if options.calibration == "self" else options.calibration
+        table.add_row("calibration", f"{q.nsamples} x {tokens} tokens, {source}, seed {q.seed}")
+    else:
+        table.add_row("method", "round to nearest" + (", MSE grids" if q.mse else ""))
+    ratio = plan.bytes_before / plan.bytes_after if plan.bytes_after else 0.0
+    table.add_row(
+        "weights",
+        f"{size(plan.bytes_before)} in float16 -> {size(plan.bytes_after)} ({ratio:.2f}x smaller; "
+        f"{plan.bits_per_weight:.2f} bits a quantized weight)",
+    )
+    table.add_row("memory", f"about {size(plan.memory)} to quantize; this machine has {_memory()}")
+    table.add_row(
+        "disk", f"about {size(disk_needed(plan, options))} into {options.out}; {size(disk_free(options))} free"
+    )
+    if options.dequantized is not None:
+        table.add_row("also", f"{size(4 * plan.parameters)} of dequantized weights into {options.dequantized}")
+    return table
+
+
+def result_table(result: CompileResult, options: CompileOptions) -> Table:
+    """Seconds of every stage, quality of the layers, size of what was made."""
+    from gptq_compile.cli.reporters import STAGES
+
+    table = _two_columns("result")
+    for name, seconds in result.seconds.items():
+        table.add_row(STAGES.get(name, name), duration(seconds))
+    table.add_row("all together", duration(sum(result.seconds.values())), end_section=True)
+    if errors := mean_errors(result.reports):
+        error, rtn = errors
+        change = f", {abs(1 - error / rtn):.0%} {'less' if error <= rtn else 'MORE'}" if rtn else ""
+        table.add_row("mean layer error", f"{error:.4f} against {rtn:.4f} of rounding{change}")
+    q = options.quantize
+    if fallen := [r for r in result.reports if r.method != q.method]:
+        table.add_row(
+            "not by GPTQ", f"{len(fallen)} linears, first {fallen[0].name}: {fallen[0].note or fallen[0].method}"
+        )
+    if damped := [r for r in result.reports if r.damp > 1.001 * q.damp]:
+        table.add_row("damped more", f"{len(damped)} linears, first {damped[0].name}: {damped[0].damp:g}")
+    if result.out is not None:
+        table.add_row("artifact", f"{size(result.size)} in {result.out}")
+    return table
+
+
+def next_step(result: CompileResult, dry_run: bool) -> str:
+    """What to type now."""
+    if dry_run:
+        return "Dry run: nothing was written."
+    if result.out is None:
+        return "Stopped where you asked; no artifact was written."
+    return f"Try it: {run_command(result.out)}"
+
+
+def run_command(out: Path) -> str:
+    """The command that runs an artifact."""
+    relative = os.path.relpath(out)
+    path = relative if not relative.startswith("..") else str(out)
+    return f"gptq-compile run {shlex.quote(path)} {shlex.quote('What is a compiler?')}"
+
+
+def mean_errors(reports: Sequence[LinearReport]) -> tuple[float, float] | None:
+    """Mean relative layer error and that of rounding, over the linears where both were measured."""
+    both = [(r.error, r.error_rtn) for r in reports if math.isfinite(r.error) and math.isfinite(r.error_rtn)]
+    if not both:
+        return None
+    return sum(e for e, _ in both) / len(both), sum(r for _, r in both) / len(both)
+
+
+def disk_needed(plan: Plan, options: CompileOptions) -> int:
+    """Bytes the artifact will take: weights, tokenizer, kernels and runtime libraries."""
+    return plan.bytes_after + (30_000_000 if options.resolved_target.kind == "cuda" else 12_000_000)
+
+
+def disk_free(options: CompileOptions) -> int:
+    """Free bytes of the disk that OUT lies on."""
+    place = options.out.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _two_columns(title: str) -> Table:
+    table = Table(
+        box=box.SIMPLE, show_header=False, title=title, title_justify="left", title_style="bold", pad_edge=False
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _grid(options: CompileOptions) -> str:
+    q = options.quantize
+    group = "one group per row" if q.group_size == -1 else f"groups of {q.group_size}"
+    head = ", lm_head too" if q.quantize_lm_head else ""
+    return f"{q.wbits} bits, {group}, {'symmetric' if q.sym else 'asymmetric'}{head}"
+
+
+def _count(n: int) -> str:
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= limit:
+            return f"{n / limit:.1f}{unit}"
+    return str(n)
+
+
+def _memory() -> str:
+    try:
+        return size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (OSError, ValueError):
+        return "an unknown amount"
