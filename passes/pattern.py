@@ -219,12 +219,9 @@ def index_map(program: Program, source: fx.Node, node: fx.Node, n: int) -> Tenso
         step = movement_source(step) or step.args[0]  # type: ignore[assignment]
     for step in reversed(todo):
         # Casts would round the numbers; factors on the way do not move elements.
-        moves = step.target in MOVEMENT
-        chain[step] = (
-            evaluate(program, [step], n, given={step.args[0]: chain[step.args[0]]})[step]  # type: ignore[index]
-            if moves
-            else chain[step.args[0]]  # type: ignore[index]
-        )
+        moves, from_ = step.target in MOVEMENT, step.args[0]
+        assert isinstance(from_, fx.Node)
+        chain[step] = evaluate(program, [step], n, given={from_: chain[from_]})[step] if moves else chain[from_]
     return chain[node].long()
 
 

@@ -10,7 +10,6 @@ dialect op can say. What does not fit is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor, fx
 
 from gptq_compile.errors import PassError
 from gptq_compile.passes import pattern
+from gptq_compile.passes.attention_law import LENGTHS, Law, Site, fit_law, refuse
+from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program, where
 
 aten = torch.ops.aten
@@ -25,31 +26,9 @@ aten = torch.ops.aten
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 _MATMUL = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 _SCALE = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
-_LENGTHS = (17, 40)  # coprime enough with head counts and widths that no other dimension is mistaken for n
-_PROBE_ELEMENTS = 1 << 27  # scores evaluated at once when looking for a window: half a GiB of float32
-_MASKED = 5000.0  # a score this far below every visible one is a mask: exp(-5000) is 0 in every float format
 
 
-@dataclass(frozen=True)
-class _Law:
-    """``softcap(scale * s) + slope[h] * (k - q)`` inside a causal window (0 = all)."""
-
-    scale: float
-    softcap: float
-    window: int
-    slopes: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Site:
-    """One spelled-out attention: ``product`` = q @ k^T, ``softmax``, and ``mix`` = probabilities @ v."""
-
-    product: fx.Node
-    softmax: fx.Node
-    mix: fx.Node
-
-
-class RaiseAttention:
+class RaiseAttention(Pass):
     """Rewrites every softmax over tokens, with the two products around it, into one attention op."""
 
     name = "raise_attention"
@@ -64,11 +43,11 @@ class RaiseAttention:
             return False
         pattern.erase_assertions(program.graph)
         _split_baddbmm(program)
-        laws: dict[Any, _Law] = {}
+        laws: dict[Any, Law] = {}
         data = pattern.data_nodes(program)
         for softmax in [n for n in program.graph.nodes if n in data and self._mixes_tokens(program, n)]:
             site = _find_site(program, softmax, data)
-            law = _fit(program, site, data, laws)
+            law = fit_law(program, site, data, laws)
             _rewrite(program, site, law)
         pattern.erase_dead_code(program.graph)
         program.graph.lint()
@@ -100,16 +79,13 @@ def _split_baddbmm(program: Program) -> None:
         program.graph.erase_node(node)
 
 
-def _refuse(node: fx.Node, why: str) -> PassError:
-    return PassError(f"raise_attention: {where(node)} is a softmax over tokens that is not raised: {why}.")
-
-
-def _find_site(program: Program, softmax: fx.Node, data: set[fx.Node]) -> _Site:
+def _find_site(program: Program, softmax: fx.Node, data: set[fx.Node]) -> Site:
     rank = softmax.meta["val"].dim()
     dims = pattern.symbolic_dims(program, softmax)
     if dims != [rank - 2, rank - 1] or softmax.args[1] % rank != rank - 1:  # type: ignore[operator]
-        raise _refuse(softmax, f"its shape {list(softmax.meta['val'].shape)} is not [..., queries, keys]")
-    products, seen, todo = [], set(), [softmax]
+        raise refuse(softmax, f"its shape {list(softmax.meta['val'].shape)} is not [..., queries, keys]")
+    products: list[fx.Node] = []
+    seen, todo = set(), [softmax]
     while todo:
         node = todo.pop()
         for arg in node.all_input_nodes:
@@ -117,210 +93,29 @@ def _find_site(program: Program, softmax: fx.Node, data: set[fx.Node]) -> _Site:
                 seen.add(arg)
                 (products if arg.target in _MATMUL or arg.op == "placeholder" else todo).append(arg)
     if len(products) != 1 or products[0].op == "placeholder":
-        raise _refuse(softmax, f"its scores come from {len(products)} products of token values instead of one q . k")
+        raise refuse(softmax, f"its scores come from {len(products)} products of token values instead of one q . k")
     product = products[0]
     if pattern.symbolic_dims(program, product)[-2:] != [product.meta["val"].dim() - i for i in (2, 1)]:
-        raise _refuse(softmax, "its scores are not a product of queries and keys over all tokens")
+        raise refuse(softmax, "its scores are not a product of queries and keys over all tokens")
     probs = softmax
     while True:
         users = list(probs.users)
         if len(users) != 1:
-            raise _refuse(softmax, f"its probabilities are used {len(users)} times instead of once, by the values")
+            raise refuse(softmax, f"its probabilities are used {len(users)} times instead of once, by the values")
         user = users[0]
         if user.target in _MATMUL and user.args[0] is probs:
             break
         if pattern.movement_source(user) is None:
-            raise _refuse(softmax, f"its probabilities are changed by {where(user)} before they meet the values")
+            raise refuse(softmax, f"its probabilities are changed by {where(user)} before they meet the values")
         probs = user
-    for n in _LENGTHS:
+    for n in LENGTHS:
         moved = pattern.index_map(program, softmax, probs, n).flatten()
         if not torch.equal(moved, torch.arange(moved.numel())):
-            raise _refuse(softmax, "its probabilities are rearranged before they meet the values")
-    return _Site(product, softmax, user)
+            raise refuse(softmax, "its probabilities are rearranged before they meet the values")
+    return Site(product, softmax, user)
 
 
-# ---- what the scores go through ------------------------------------------------------------------------------------
-
-
-def _fit(program: Program, site: _Site, data: set[fx.Node], known: dict[Any, _Law]) -> _Law:
-    """Fits the law between the product and the softmax, by evaluation; layers that share it are fitted once."""
-    scores = site.softmax.args[0]
-    assert isinstance(scores, fx.Node)
-    path = [n for n in program.graph.nodes if n in pattern.ancestors([scores], [site.product]) and n in data]
-    static = pattern.ancestors([scores], [site.product]) - set(path)
-    number = {node: i for i, node in enumerate(path)}
-    key = tuple(
-        (
-            str(n.target),
-            str(fx.node.map_arg(n.args, lambda a: f"#{number[a]}" if a in number else _structure(a, {}))),
-            str(n.kwargs),
-        )
-        for n in path
-        if n is not site.product
-    ) + tuple(concrete for concrete in pattern.concrete_shape(program, site.product, 17))
-    if key not in known:
-        known[key] = _fit_law(program, site, scores, static)
-    return known[key]
-
-
-def _structure(node: fx.Node, cache: dict[fx.Node, str]) -> str:
-    """A name for what a static node computes: equal subgraphs over equal parameters have equal names."""
-    if node not in cache:
-        if node.op == "placeholder":
-            cache[node] = node.name
-        else:
-            args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda a: _structure(a, cache))
-            cache[node] = f"{node.target}{args}"
-            if len(cache[node]) > 400:
-                import hashlib
-
-                cache[node] = hashlib.sha256(cache[node].encode()).hexdigest()
-    return cache[node]
-
-
-def _fit_law(program: Program, site: _Site, scores: fx.Node, static: set[fx.Node]) -> _Law:
-    heads = math.prod(pattern.concrete_shape(program, site.product, _LENGTHS[0])[:-2])
-
-    def response(n: int, probe: float | Tensor, offset: int = 0) -> Tensor:
-        shape = pattern.concrete_shape(program, site.product, n)
-        given = probe.reshape(shape) if isinstance(probe, Tensor) else torch.full(shape, probe)
-        out = pattern.evaluate(program, [scores], n, offset=offset, given={site.product: given})[scores]
-        if out.numel() != given.numel():
-            raise _refuse(site.softmax, f"its scores are widened from {list(given.shape)} to {list(out.shape)}")
-        return out.double().reshape(heads, n, n)
-
-    limit = min(program.info.context_length, _LENGTHS[1])
-    lengths = [n for n in _LENGTHS if n <= limit] or [limit]
-    n = lengths[-1]
-    far = max(n, _window_probe(program, static, heads))
-    visible = _visible(response(far, 0.0), site)
-    window = _window(visible[0, -1], far)
-    slopes = _slopes(response(n, 0.0), window, site)
-    scale, softcap = _curve(response, n, window, site)
-    law = _Law(scale, softcap, window, slopes if slopes.abs().max() > 0 else None)
-    _check_causal(visible, window, site)
-    for length, offset in [(length, 0) for length in lengths] + [(lengths[0], 3), (far, 0)]:
-        if offset and length + offset > program.info.context_length:
-            continue
-        rng = torch.Generator().manual_seed(length)
-        probe = torch.randn((heads, length, length), generator=rng) * 4 / max(abs(scale), 1e-3)
-        _check(response(length, probe, offset), probe.double(), law, slopes, site)
-    return law
-
-
-def _window_probe(program: Program, static: set[fx.Node], heads: int) -> int:
-    """A length beyond every constant and table in the static subgraph, so that any window in it shows."""
-    top = program.info.context_length
-    sizes = [64]
-    for node in static:
-        if "param" in node.meta:
-            sizes += [s for s in program.params.shape(node.meta["param"])]
-        elif node.op == "call_function":
-            literals: list[int] = []
-            fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: literals.append(a) if _is_int(a) else None)
-            sizes += [abs(v) for v in literals]
-    longest = max([s for s in sizes if s <= 4 * top], default=64) + 8
-    return max(2, min(longest, top, math.isqrt(_PROBE_ELEMENTS // heads)))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _visible(base: Tensor, site: _Site) -> Tensor:
-    """Which keys a query sees: those whose score is within reach of its own key's (a mask is a huge step down)."""
-    own = base.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    if bool((own < -1e30).any()) or bool(base.isnan().any()):
-        raise _refuse(site.softmax, "a token does not see itself under its mask")
-    return base > own - _MASKED
-
-
-def _window(last_row: Tensor, n: int) -> int:
-    seen = int(last_row.sum())
-    return 0 if seen == n else seen
-
-
-def _expected(n: int, window: int) -> Tensor:
-    distance = torch.arange(n)[:, None] - torch.arange(n)[None, :]
-    return (distance >= 0) & ((distance < window) if window else True)
-
-
-def _check_causal(visible: Tensor, window: int, site: _Site) -> None:
-    n = visible.shape[-1]
-    if not bool((visible == _expected(n, window)).all()):
-        sees_future = bool((visible & (torch.arange(n)[None, :] > torch.arange(n)[:, None])).any())
-        raise _refuse(
-            site.softmax,
-            "tokens attend to later tokens, so the model is not a causal decoder"
-            if sees_future
-            else "its mask is neither causal nor a causal sliding window",
-        )
-
-
-def _slopes(base: Tensor, window: int, site: _Site) -> Tensor:
-    """Per-head slope of the additive bias along the keys; softmax does not see a constant per query."""
-    seen = _expected(base.shape[-1], window)
-    steps = base[:, :, 1:] - base[:, :, :-1]
-    both = seen[:, 1:] & seen[:, :-1]
-    if not bool(both.any()):
-        return torch.zeros(base.shape[0], dtype=torch.float64)
-    values = steps[:, both]
-    slopes = values.mean(dim=1)
-    spread = (values - slopes[:, None]).abs().max()
-    if spread > 1e-4 * (1 + float(base[:, seen].abs().max())):
-        raise _refuse(
-            site.softmax,
-            "the bias added to its scores is not proportional to the distance between tokens (ALiBi), which is the "
-            "only bias that is supported",
-        )
-    slopes = values.median(dim=1).values
-    return torch.where(slopes.abs() < 1e-7, torch.zeros_like(slopes), slopes)
-
-
-def _curve(response: Any, n: int, window: int, site: _Site) -> tuple[float, float]:
-    """Scale and softcap of the function that the product goes through on its way to the softmax."""
-    seen = _expected(n, window)
-    base = response(n, 0.0)[:, seen]
-
-    def at(t: float) -> float:
-        moved = response(n, t)[:, seen] - base
-        if float(moved.max() - moved.min()) > 1e-4 * (abs(float(moved.mean())) + float(base.abs().max()) + 1e-30):
-            raise _refuse(site.softmax, "its scores are scaled differently for different heads or positions")
-        return float(moved.flatten()[0])
-
-    big = 2.0**20
-    small = 2.0**-4
-    top, far = at(big), at(2 * big)
-    if abs(far - 2 * top) <= 1e-5 * abs(far):
-        return top / big, 0.0
-    if abs(far - top) <= 1e-6 * abs(top):
-        t = small
-        while abs(at(2 * t)) < 0.2 * abs(top):
-            t *= 2
-        return math.atanh(at(t) / top) * top / t, top
-    raise _refuse(site.softmax, "its scores pass through a function that is neither a scale nor a tanh soft cap")
-
-
-def _check(got: Tensor, probe: Tensor, law: _Law, slopes: Tensor, site: _Site) -> None:
-    """The law must give the softmax's own probabilities on random scores."""
-    n = got.shape[-1]
-    want = probe * law.scale
-    if law.softcap:
-        want = law.softcap * torch.tanh(want / law.softcap)
-    want = want + slopes[:, None, None] * torch.arange(n)
-    want = want.masked_fill(~_expected(n, law.window), float("-inf"))
-    error = (torch.softmax(want, -1) - torch.softmax(got, -1)).abs().max()
-    if not error < 1e-4:
-        raise _refuse(
-            site.softmax,
-            f"its mask and biases were read as {law}, but that gives probabilities that differ by {float(error):.1e}",
-        )
-
-
-# ---- the rewrite ---------------------------------------------------------------------------------------------------
-
-
-def _rewrite(program: Program, site: _Site, law: _Law) -> None:
+def _rewrite(program: Program, site: Site, law: Law) -> None:
     graph = program.graph
     n = pattern.token_count(program)
     q, k, v = site.product.args[0], site.product.args[1], site.mix.args[1]
@@ -381,7 +176,7 @@ class _Operand:
         self.shape = lambda t: self._heads_in_middle(t, batch, keys_last)
         # The deepest tensor of the chain that still leads to a plain rearrangement wins, see emit().
         top = max(i for i, x in enumerate(self.chain) if isinstance(x.meta["val"], Tensor))
-        arranged = self.shape(pattern.index_map(program, self.chain[top], node, _LENGTHS[0]))
+        arranged = self.shape(pattern.index_map(program, self.chain[top], node, LENGTHS[0]))
         self.group = max(g for g in range(1, arranged.shape[1] + 1) if _repeats(arranged, g))
 
     @staticmethod
@@ -399,7 +194,7 @@ class _Operand:
                 continue
             wanted = {
                 m: self.shape(pattern.index_map(self.program, source, self.node, m))[:, ::group].unsqueeze(0)
-                for m in _LENGTHS
+                for m in LENGTHS
             }
             sizes = [1, n, *next(iter(wanted.values())).shape[2:]]
             found = pattern.rearranged(self.program, source, wanted, sizes)
@@ -455,7 +250,7 @@ def _replace_result(program: Program, mix: fx.Node, out: fx.Node, heads: int, n:
         return torch.arange(m * heads * width).reshape(m, heads, width).transpose(0, 1).reshape(shape)
 
     for node in reversed(tail):
-        maps = {m: as_mix(m).flatten()[pattern.index_map(program, mix, node, m)] for m in _LENGTHS}
+        maps = {m: as_mix(m).flatten()[pattern.index_map(program, mix, node, m)] for m in LENGTHS}
         sizes = _view_sizes(program, node, n)
         if sizes is None:
             continue
