@@ -170,6 +170,9 @@ def checked(load: Callable[[], Tensor], origin: str) -> Callable[[], Tensor]:
 def finish(params: ParamStore, model: Any, origin: str) -> None:
     """Ties what the model ties and makes sure that every parameter has a tensor.
 
+    A checkpoint with two different tensors for what its config ties is taken at its word, as transformers does; then
+    ``model.config.tie_word_embeddings`` becomes false.
+
     Raises:
         ModelError: naming the first parameter without one.
     """
@@ -178,7 +181,15 @@ def finish(params: ParamStore, model: Any, origin: str) -> None:
         canonical = first.setdefault(id(param), name)
         if canonical == name:
             continue
-        if canonical in params:
+        if canonical in params and name in params and not torch.equal(params.get(name), params.get(canonical)):
+            log.warning(
+                "%s has different tensors for %r and %r, which its config ties; they stay apart.",
+                origin,
+                canonical,
+                name,
+            )
+            model.config.tie_word_embeddings = False
+        elif canonical in params:
             params.drop(name)
             params.tie(name, canonical)
         elif name in params:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gptq_compile.errors import ModelError
 from gptq_compile.frontend import chat as chat_template
 from gptq_compile.frontend import gguf, hooks
@@ -147,7 +145,7 @@ def load_source(
     return _load_folder(path, source, _short_name(model, path), trust_remote_code)
 
 
-def _skeleton(config: Any) -> nn.Module:
+def _skeleton(config: Any) -> Any:
     """The model without weights, for its parameter names, shapes and ties.
 
     Raises:
@@ -175,7 +173,9 @@ def _load_folder(folder: Path, source: str, name: str, trust_remote_code: bool) 
     checkpoint = Checkpoint(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     files = tokenizer_files(tokenizer, folder)
-    params = bind(_skeleton(config), checkpoint)
+    skeleton = _skeleton(config)
+    params = bind(skeleton, checkpoint)
+    config.tie_word_embeddings = skeleton.config.tie_word_embeddings
     inputs = [folder / "config.json", *checkpoint.files, *(f for f in files.values() if isinstance(f, Path))]
     if (folder / "generation_config.json").is_file():
         inputs.append(folder / "generation_config.json")

@@ -10,9 +10,11 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from gptq_compile.frontend import binding
 from gptq_compile.frontend.source import load_source
+from gptq_compile.frontend.trace import trace
 
 
 def assert_same_weights(model, source):
@@ -81,6 +83,26 @@ def test_tied_weight_stored_under_the_heads_name(tmp_path, save_model):
     source = load_source(str(tmp_path))
     assert_same_weights(model, source)
     assert source.params.canonical("model.embed_tokens.weight") == source.params.canonical("lm_head.weight")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_weight_stored_twice(tmp_path, save_model, same):
+    """Equal copies are tied; different ones stay apart, as transformers loads them."""
+    save_model(tmp_path, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (1 if same else 2)
+    save_file(tensors, file)
+    source = load_source(str(tmp_path))
+    assert source.config.tie_word_embeddings is same
+    assert (source.params.canonical("lm_head.weight") == "model.embed_tokens.weight") is same
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), source)
+    program = trace(source.config, source.params)
+    ids = torch.arange(9)
+    logits = program.run(ids[None], ids[None], ids)
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids[None]).logits
+    assert float(((logits - want) ** 2).mean() / (want**2).mean()) < 1e-10
 
 
 def test_shards_without_an_index(tmp_path, save_model):

@@ -30,7 +30,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        vocab_size=260, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -52,13 +52,14 @@ def file(model, tmp_path_factory) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_vocab_size(259)
+    writer.add_vocab_size(260)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("t", "h"), ("e", "l")]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["<s>", "</s>", *alphabet, alphabet[70] + alphabet[71]])
-    writer.add_token_types([3, 3] + [1] * 257)
-    writer.add_token_merges([f"{alphabet[70]} {alphabet[71]}"])
+    writer.add_token_list(["<s>", "</s>", *alphabet, *("".join(pair) for pair in pairs)])
+    writer.add_token_types([3, 3] + [1] * 258)
+    writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(
