@@ -18,7 +18,6 @@ Node: TypeAlias = Any
 """An ``fx.Node``. FX types a node's arguments by a union that is too wide to check anything."""
 
 CASTS = (aten._to_copy.default, aten.to.dtype)
-_COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor)
 _END = (1 << 63) - 1
 
 
@@ -57,9 +56,18 @@ def is_param(node: Any) -> bool:
     return is_node(node) and "param" in node.meta
 
 
-def both_orders(node: Node) -> Iterator[tuple[Any, Any]]:
-    """The two operands of a commutative op, in both orders; nothing for ``add(a, b, alpha=2)``."""
-    if is_call(node, *_COMMUTATIVE) and not node.kwargs and len(node.args) == 2:
+def factors(node: Any) -> Iterator[tuple[Any, Any]]:
+    """The two operands of a product, in both orders; nothing if ``node`` is no product."""
+    return _both_orders(node, aten.mul.Tensor)
+
+
+def terms(node: Any) -> Iterator[tuple[Any, Any]]:
+    """The two operands of a sum, in both orders; nothing if ``node`` is no sum, or is ``add(a, b, alpha=2)``."""
+    return _both_orders(node, aten.add.Tensor)
+
+
+def _both_orders(node: Any, target: Any) -> Iterator[tuple[Any, Any]]:
+    if is_call(node, target) and not node.kwargs and len(node.args) == 2:
         a, b = node.args
         yield a, b
         yield b, a

@@ -170,8 +170,14 @@ class _Lowering:
         types = [dtype(n) for n in inputs if n in self.varying]
         if not types:
             return None
-        fits = all(_fits(v, self.half) for v in (*node.args, *node.kwargs.values()))
+        fits = all(_fits(self._constant(v), self.half) for v in (*node.args, *node.kwargs.values()))
         return self.half if fits and all(t == self.half for t in types) else torch.float32
+
+    def _constant(self, value: Any) -> Any:
+        """A number, also where it is stored as a parameter of one element; whatever else as it is."""
+        if is_param(value) and _is_float(value) and value.meta["val"].numel() == 1:
+            return float(self.program.params.get(value.meta["param"]))
+        return value
 
     def _as(self, node: Node, to: torch.dtype) -> Node:
         """The value of ``node`` in another type: a parameter stored so, an earlier cast, or a new one."""

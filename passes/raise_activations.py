@@ -17,9 +17,9 @@ import torch
 
 from gptq_compile.passes.common import (
     Node,
-    both_orders,
     dtype,
     eliminate_dead,
+    factors,
     is_call,
     is_node,
     is_param,
@@ -174,7 +174,7 @@ def _equal(a: Polynomial, b: Polynomial) -> bool:
 def _raise_gated(program: Program, node: Node) -> bool:
     if not is_call(node, aten.mul.Tensor) or not node.users:
         return False
-    for act, up in both_orders(node):
+    for act, up in factors(node):
         found = _activation(act)
         if found is None or not is_tensor(up) or is_param(up) or up is act:
             continue

@@ -20,10 +20,10 @@ import torch
 from gptq_compile.passes.common import (
     CASTS,
     Node,
-    both_orders,
     dims_arg,
     dtype,
     eliminate_dead,
+    factors,
     is_call,
     is_node,
     is_param,
@@ -31,6 +31,7 @@ from gptq_compile.passes.common import (
     rank,
     replace,
     shape,
+    terms,
 )
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
@@ -91,13 +92,13 @@ def _raise_aten(program: Program, node: Node) -> bool:
 
 def _raise_spelled(program: Program, node: Node) -> bool:
     """``x * root``, ``(x * weight) * root`` or ``x / sqrt``: the normalized value."""
-    candidates: list[tuple[Any, _Root | None]] = [(a, _root(b)) for a, b in both_orders(node)]
+    candidates: list[tuple[Any, _Root | None]] = [(a, _root(b)) for a, b in factors(node)]
     if is_call(node, aten.div.Tensor) and not node.kwargs:
         candidates.append((node.args[0], _moment_plus_eps(_argument(node.args[1], aten.sqrt.default))))
     for x, root in candidates:
         if root is None or not is_node(x):
             continue
-        for value, weight in [(x, None), *both_orders(x)]:
+        for value, weight in [(x, None), *factors(x)]:
             if weight is not None and not _per_channel(weight, root.source):
                 continue
             if not (value is root.source or (root.centered and _centered(value) is root.source)):
@@ -129,14 +130,14 @@ def _strip_casts(program: Program, norm: Node) -> None:
 
 
 def _absorb_weights(program: Program, node: Node) -> bool:
-    for norm, factor in both_orders(node):
+    for norm, factor in factors(node):
         if not is_call(norm, ops.rms_norm.default, ops.layer_norm.default) or len(norm.users) != 1:
             continue
         if norm.args[1] is not None or (norm.target is ops.layer_norm.default and norm.args[2] is not None):
             continue
         x, offset = norm.args[0], 0.0
         if not _per_channel(factor, x):
-            plus = [(a, number(b)) for a, b in both_orders(factor)] if is_node(factor) else []
+            plus = [(a, number(b)) for a, b in terms(factor)]
             found = [(a, b) for a, b in plus if b == 1.0 and _per_channel(a, x)]
             if not found or norm.target is not ops.rms_norm.default:
                 continue
@@ -164,7 +165,7 @@ def _center(program: Program, node: Node) -> bool:
 
 
 def _absorb_bias(program: Program, node: Node) -> bool:
-    for norm, bias in both_orders(node):
+    for norm, bias in terms(node):
         if not is_call(norm, ops.layer_norm.default) or len(norm.users) != 1 or norm.args[2] is not None:
             continue
         # Without a weight of its own, `norm + bias` could still be followed by the weight; then leave it.
@@ -202,7 +203,7 @@ def _root(node: Any) -> _Root | None:
 def _moment_plus_eps(node: Any) -> _Root | None:
     if not is_node(node):
         return None
-    for moment, eps in both_orders(node):
+    for moment, eps in terms(node):
         value = number(eps)
         if value is None or value <= 0 or not is_node(moment):
             continue

@@ -17,9 +17,9 @@ import torch
 
 from gptq_compile.passes.common import (
     Node,
-    both_orders,
     dtype,
     eliminate_dead,
+    factors,
     feature_slice,
     is_call,
     is_node,
@@ -29,6 +29,7 @@ from gptq_compile.passes.common import (
     same_shape,
     shape,
     swapped_axes,
+    terms,
 )
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
@@ -70,11 +71,11 @@ class RaiseRotary(Pass):
 
 
 def _match_whole(node: Node) -> _Turn | None:
-    for straight, turned in both_orders(node):
-        for x, cos in both_orders(straight) if is_node(straight) else ():
+    for straight, turned in terms(node):
+        for x, cos in factors(straight):
             if not (is_tensor(x) and is_tensor(cos)):
                 continue
-            for rotated, sin in both_orders(turned) if is_node(turned) else ():
+            for rotated, sin in factors(turned):
                 kind = _rotated_kind(rotated, x) if is_tensor(sin) else None
                 if kind is not None and same_shape(node, x) and same_shape(cos, sin):
                     return _Turn(x, cos, sin, kind)
@@ -127,8 +128,8 @@ def _match_halves(node: Node) -> _Turn | None:
     if axis % rank(node) != rank(node) - 1 or not is_call(low, aten.sub.Tensor) or low.kwargs:
         return None
     minuend, subtrahend = low.args
-    for x1, cos in both_orders(minuend) if is_node(minuend) else ():
-        for x2, sin in both_orders(subtrahend) if is_node(subtrahend) else ():
+    for x1, cos in factors(minuend):
+        for x2, sin in factors(subtrahend):
             first, second = _stretch(x1), _stretch(x2)
             if first is None or second is None or first[0] is not second[0]:
                 continue
@@ -137,14 +138,14 @@ def _match_halves(node: Node) -> _Turn | None:
             every_other = (first[1:], second[1:]) == ((0, width, 2), (1, width, 2))
             if width % 2 or not (halves or every_other):
                 continue
-            for a, b in both_orders(high):
+            for a, b in terms(high):
                 if _is_product(a, second, cos) and _is_product(b, first, sin) and same_shape(cos, sin):
                     return _Turn(x, cos, sin, False, half=True, parts=None if halves else (x1, x2))
     return None
 
 
 def _is_product(node: Any, stretch: tuple[Any, ...], table: Node) -> bool:
-    return is_node(node) and any(_stretch(a) == stretch and b is table for a, b in both_orders(node))
+    return any(_stretch(a) == stretch and b is table for a, b in factors(node))
 
 
 def _rewrite(program: Program, node: Node, turn: _Turn) -> bool:
