@@ -143,9 +143,10 @@ def test_a_truncated_file_is_named(copy: pathlib.Path) -> None:
 
 
 def flip(path: pathlib.Path) -> None:
-    """Flips one bit in the middle of a file."""
+    """Flips one bit in the middle of a file; a new file, as this process may have the old one mapped."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    path.unlink()
     path.write_bytes(bytes(data))
 
 
