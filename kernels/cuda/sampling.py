@@ -19,7 +19,7 @@ from gptq_compile.kernels.registry import Case, Kernel
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import T
 
-_THREADS = 1024
+_THREADS = 512
 _WARPS = _THREADS // WARP
 # Gathered logits: 32 KiB of shared memory.
 _GATHERED = 8192
