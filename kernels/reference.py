@@ -180,7 +180,7 @@ def sample(
 
 
 def repetition_penalty(logits: Array, seen: Array, penalty: Array) -> Array:
-    """Divides positive and multiplies negative logits of seen tokens by the penalty (Keskar et al. 2019, section 4.1)."""
+    """Divides positive, multiplies negative logits of seen tokens by the penalty (Keskar et al. 2019, sec. 4.1)."""
     p = penalty[:, None].astype(np.float64)
     return np.where(seen != 0, np.where(logits > 0, logits / p, logits * p), logits)
 

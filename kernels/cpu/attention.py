@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# TVMScript annotations are calls, which mypy does not take for types.
+# mypy: disable-error-code="valid-type, no-redef"
 """Paged attention and cache append for the CPU.
 
 Both attention kernels run the online softmax of FlashAttention (Dao et al. 2022, algorithm 1) page by page, so that

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# TVMScript annotations are calls, which mypy does not take for types.
+# mypy: disable-error-code="valid-type, no-redef"
+# TVMScript decides Python conditions while parsing and must see them apart from those of the kernel.
+# ruff: noqa: SIM102
 """Paged attention and cache append for CUDA.
 
 A block serves one token and a few query heads that share a key head. Its warps are cut into groups of lanes; a group

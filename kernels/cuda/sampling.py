@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# TVMScript annotations are calls, which mypy does not take for types.
+# mypy: disable-error-code="valid-type, no-redef"
+# TVMScript decides Python conditions while parsing and must see them apart from those of the kernel.
+# ruff: noqa: SIM102
 """Sampling for CUDA: one block per row of logits; see `sampling_math` for the method, `reference` for the rules.
 
 A bisection step over a whole vocabulary costs microseconds, so the tokens that can decide a threshold are gathered in

@@ -49,7 +49,8 @@ def test_decode_equals_prefill():
     for op_case, rows in ((many, slice(None)), (attention("float32", 1, 6, 2, 32), slice(39, 40))):
         call = [a[rows] if i in (0, 3, 4, 6) else a for i, a in enumerate(arguments)]
         tensors = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in call]
-        tvm.compile(op_runner.prim_func(op_case, op_runner.CPU), target=op_runner.CPU.tvm())["paged_attention"](*tensors)
+        library = tvm.compile(op_runner.prim_func(op_case, op_runner.CPU), target=op_runner.CPU.tvm())
+        library["paged_attention"](*tensors)
         outs.append(tensors[-1].numpy()[-1])
     np.testing.assert_allclose(outs[0], outs[1], rtol=1e-5, atol=1e-6)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,7 +115,7 @@ def test_kept_tokens_are_those_of_hugging_face(setting):
     from transformers.generation import logits_process as hf
 
     logits = torch.tensor(np.random.default_rng(2).standard_normal((1, 8000)) * 3, dtype=torch.float32)
-    warpers = [hf.TemperatureLogitsWarper(setting.temperature)]
+    warpers: list[Any] = [hf.TemperatureLogitsWarper(setting.temperature)]
     warpers += [hf.TopKLogitsWarper(setting.top_k)] if setting.top_k else []
     warpers += [hf.TopPLogitsWarper(setting.top_p)] if setting.top_p < 1 else []
     warpers += [hf.MinPLogitsWarper(setting.min_p)] if setting.min_p else []
