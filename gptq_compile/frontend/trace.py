@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +32,9 @@ class _CausalLM(nn.Module):
         super().__init__()
         self.model = model
         accepted = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in accepted
+        # RoBERTa's kind counts positions from the padding id on when given none, and not at all when given some.
+        counts_ids = any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules())
+        self.takes_positions = "position_ids" in accepted and not counts_ids
         self.extra = {k: False for k in ("use_cache", "output_attentions", "output_hidden_states") if k in accepted}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -108,38 +111,53 @@ def trace(config: Any, params: ParamStore, *, name: str = "", source: str = "") 
     Raises:
         ModelError: if the model cannot be traced, naming the op, the module and the way out.
     """
+    failures: list[Exception] = []
     with hooks.installed():
-        try:
-            model = build_model(config, hooks.IMPLEMENTATION)
-            exported, buffers = _export(model)
-            if not any(n.target is torch.ops.gptq_compile.attention.default for n in exported.graph.nodes):
-                raise ModelError("the model does not use transformers' attention interface")
-        except Exception as first:
-            log.info(
-                "Tracing %s through the attention interface failed (%s); retrying eagerly.", config.model_type, first
-            )
+        for attention in _attention_modes(config):
             try:
-                model = build_model(config, "eager")
+                model = build_model(config, attention)
                 exported, buffers = _export(model)
-            except Exception as second:
-                raise _untraceable(config, first, second) from second
+                if attention == hooks.IMPLEMENTATION and not exported.graph.find_nodes(
+                    op="call_function", target=torch.ops.gptq_compile.attention.default
+                ):
+                    raise ModelError("the model does not use transformers' attention interface")
+                break
+            except Exception as e:
+                log.info("Tracing %s with %s attention failed: %s", config.model_type, attention, e)
+                failures.append(e)
+        else:
+            raise _untraceable(config, failures) from failures[0]
     return _to_program(exported, model, buffers, params, config, name, source)
 
 
-def _untraceable(config: Any, first: Exception, second: Exception) -> ModelError:
+def _attention_modes(config: Any) -> tuple[str, ...]:
+    """How to trace attention, most promising first: through the interface, or as the model spells it out."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        module = sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
+    except KeyError:
+        return (hooks.IMPLEMENTATION, "eager")
+    if hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return (hooks.IMPLEMENTATION, "eager")
+    return ("eager", hooks.IMPLEMENTATION)
+
+
+def _untraceable(config: Any, failures: list[Exception]) -> ModelError:
     def words(e: Exception) -> str:
         lines = [line for line in str(e).strip().splitlines() if line.strip()]
         return lines[0][:300] if lines else type(e).__name__
 
-    frame, tb = "", second.__traceback__
+    first, second = failures
+    frame, tb = "", first.__traceback__
     while tb is not None:
         file = tb.tb_frame.f_code.co_filename
         if "modeling_" in file:
             frame = f" at {file.rsplit('/', 1)[-1]}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name}"
         tb = tb.tb_next
     return ModelError(
-        f"The {config.model_type} model cannot be traced{frame}: {words(second)}. (Through the attention interface: "
-        f"{words(first)}.) A model must be a causal decoder whose control flow does not depend on token values; "
+        f"The {config.model_type} model cannot be traced{frame}: {words(first)}. (In the other form of attention: "
+        f"{words(second)}.) A model must be a causal decoder whose control flow does not depend on token values; "
         "see the list of supported features in the README."
     )
 
@@ -152,8 +170,8 @@ def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, dict[str, T
     ids = torch.zeros((1, _TRACE_TOKENS), dtype=torch.long, device="meta")
     rows = torch.zeros(_TRACE_TOKENS - 2, dtype=torch.long, device="meta")
     context = context_length(model.config)
-    # Models that slice tables (masks, biases) of their context length bound n, some one short of it.
-    for longest in (1 << 20, context, context - 1):
+    # Models that slice tables (masks, biases) of their context length hold up to it, some only one short of it.
+    for longest in (context, context - 1):
         n = torch.export.Dim("n", min=2, max=longest)
         with torch.no_grad(), warnings.catch_warnings(), hooks.KeepConstants():
             warnings.simplefilter("ignore")
