@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from gptq_compile.errors import ConfigError
 from gptq_compile.kernels.registry import Case
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping, decode_rows, encode_rows
-
-from gptq_compile.errors import ConfigError
 
 LANES = 16
 CUDA_ROW_WORDS = 4
@@ -169,3 +169,15 @@ def layout_for(case: Case, target: Target) -> Layout:
     if case.op != "quant_linear":
         raise ConfigError(f"Only quant_linear has a packed layout, not {case.op}.")
     return LaneInterleaved() if target.kind == "cpu" else RowWords()
+
+
+def by_name(name: str) -> Layout:
+    """Returns the layout called `name`.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    for layout in (LaneInterleaved(), RowWords()):
+        if layout.name == name:
+            return layout
+    raise ConfigError(f"There is no packed layout called {name!r}.")

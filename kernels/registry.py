@@ -18,9 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_compile.kernels.target import Target
-
 from gptq_compile.errors import NoKernelError
+from gptq_compile.kernels.target import Target
 
 Scalar = int | float | bool | str
 

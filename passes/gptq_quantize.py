@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -39,15 +40,15 @@ Env = dict[fx.Node, Any]
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What was done to one linear, for the manifest."""
+    """What was done to one linear, for the manifest; errors are None where no Hessian measured them."""
 
     name: str
     shape: tuple[int, int]
     bits: int
     group_size: int
     method: str
-    error: float
-    error_rtn: float
+    error: float | None
+    error_rtn: float | None
     damp: float
     dead_columns: int
     note: str | None
@@ -245,10 +246,20 @@ class GptqQuantize(Pass):
         solutions[node.args[1]] = solution
         stats = solution.stats
         rows, columns = (int(d) for d in node.args[1].meta["val"].shape)
+        known = lambda v: v if math.isfinite(v) else None  # noqa: E731
         report = LinearReport(
-            _weight_name(node), (rows, columns), solution.bits, solution.group_size, stats.method, stats.relative_error,
-            stats.relative_error_rtn, stats.damp, stats.dead_columns, stats.reason, stats.seconds,
-        )  # fmt: skip
+            name=_weight_name(node),
+            shape=(rows, columns),
+            bits=solution.bits,
+            group_size=solution.group_size,
+            method=stats.method,
+            error=known(stats.relative_error),
+            error_rtn=known(stats.relative_error_rtn),
+            damp=stats.damp,
+            dead_columns=stats.dead_columns,
+            note=stats.reason,
+            seconds=round(stats.seconds, 4),
+        )
         self.reports.append(report)
         if self.on_linear:
             self.on_linear(report, len(self.reports), self.total)

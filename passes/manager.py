@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from gptq_compile.errors import GptqCompileError, PassError
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.text import to_text
 from gptq_compile.passes.verify import verify
-
-from gptq_compile.errors import GptqCompileError, PassError
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class PassManager:
         passes: the pipeline.
         validate: run the program's reference before and after every meaning-preserving pass on the same tokens and
             compare the logits. Costs two short forward passes a pass.
-        dump_ir: folder for ``NN_after_<pass>.txt`` dumps (and ``00_input.txt``).
+        dump_ir: folder for ``NN_after_<pass>.txt`` dumps (and ``00_input.txt``); numbering starts after ``first_index``.
         stop_after: name of the last pass to run.
         reproducer: folder to write when a pass fails: the IR before it, the error and the pipeline.
         on_pass: called with the name of each pass before it starts.
@@ -78,6 +78,7 @@ class PassManager:
     passes: Sequence[Pass]
     validate: bool = True
     dump_ir: Path | None = None
+    first_index: int = 0
     stop_after: str | None = None
     reproducer: Path | None = None
     on_pass: Callable[[str], None] | None = None
@@ -93,9 +94,10 @@ class PassManager:
         if self.stop_after is not None and self.stop_after not in (known := [p.name for p in self.passes]):
             raise PassError(f"There is no pass called {self.stop_after!r}. The pipeline has: {', '.join(known)}.")
         verify(program)
-        self._dump(program, 0, "input")
+        if self.first_index == 0:
+            self._dump(program, 0, "input")
         logits = self._logits(program)
-        for index, step in enumerate(self.passes, 1):
+        for index, step in enumerate(self.passes, self.first_index + 1):
             if self.on_pass:
                 self.on_pass(step.name)
             before = to_text(program) if self.reproducer is not None else ""

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of quantized models, by the protocol of the GPTQ papers' tables on a text of your choice.
+
+Evaluation: the first WINDOWS non-overlapping windows of 1,024 tokens, no BOS; each window scores its tokens 1..1023;
+perplexity is exp(mean negative log-likelihood). Runs the traced program's reference ops (no TVM needed) on CPU or GPU::
+
+    python benchmarks/quality.py MODEL --text wiki.test.txt --calibration ids.npy --device cuda \\
+        --setting wbits=4 group_size=128 --setting wbits=3 group_size=128 act_order=false token_weighting=none
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptq_compile.frontend.source import load_source
+from gptq_compile.frontend.trace import trace
+from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq_quantize import GptqQuantize
+from gptq_compile.passes.interpret import Interpreter
+from gptq_compile.passes.manager import PassManager
+from gptq_compile.passes.pipeline import trace_passes
+from gptq_compile.passes.program import Program
+
+
+@torch.no_grad()
+def perplexity(program: Program, windows: torch.Tensor, device: str) -> float:
+    """exp(mean nll) of windows ``[count, length]``."""
+    interpreter = Interpreter(program, device, torch.float32)
+    loaded: dict[Any, Any] = {}
+    for node in program.param_nodes.values():
+        loaded[node] = interpreter.param(node)
+    for node in list(program.graph.nodes):  # dequantize once, not once a window
+        if node.target is torch.ops.gptq_compile.quant_linear.default:
+            from gptq_compile.passes.dialect import dequantize
+
+            x, codes, scales, zeros, g_idx, bias, bits, group = node.args
+            get = lambda n: None if n is None else loaded[n]  # noqa: E731
+            weight = dequantize(loaded[codes], loaded[scales], get(zeros), get(g_idx), bits, group)
+            with program.graph.inserting_before(node):
+                name = f"dequantized.{codes.meta['param']}"
+                holder = program.add_param(name, weight.to("meta"))
+                args = (x, holder) if bias is None else (x, holder, bias)
+                new = program.call(torch.ops.aten.linear.default, args, like=node)
+            loaded[holder] = weight
+            node.replace_all_uses_with(new)
+            program.graph.erase_node(node)
+    total, count = 0.0, 0
+    inputs = {n.name: n for n in program.inputs}
+    for ids in windows.to(device):
+        n = ids.numel()
+        span = torch.arange(n, device=device)
+        env = {**loaded, inputs["input_ids"]: ids[None], inputs["position_ids"]: span[None], inputs["logit_rows"]: span}
+        logits = interpreter.run(env, [program.output])[program.output][0].float()
+        total += float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").double())
+        count += n - 1
+    return float(np.exp(total / count))
+
+
+def parse_setting(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` words as a dict; values are JSON, or strings."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        try:
+            out[key] = json.loads(value)
+        except json.JSONDecodeError:
+            out[key] = value
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True, help=".npy of token ids [sequences, tokens]")
+    parser.add_argument("--rows", type=int, default=None, help="use only the first ROWS calibration sequences")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--setting", nargs="*", action="append", default=[])
+    parser.add_argument("--settings-file", type=Path, help="one setting a line")
+    parser.add_argument("--out", type=Path, help="append one JSON line a setting")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    source = load_source(args.model)
+    tokenizer = source.tokenizer
+    ids = tokenizer(args.text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    windows = ids[: args.windows * 1024].reshape(args.windows, 1024)
+    calibration = torch.from_numpy(np.load(args.calibration).astype(np.int64))[: args.rows]
+    start = time.perf_counter()
+    base = trace(source.config, source.params, name=source.name)
+    PassManager(trace_passes(), validate=False).run(base)
+    print(f"traced in {time.perf_counter() - start:.1f} s", flush=True)
+    settings = [parse_setting(s) for s in args.setting]
+    if args.settings_file:
+        settings += [
+            parse_setting(line.split()) for line in args.settings_file.read_text().splitlines() if line.strip()
+        ]
+    print(f"FP {perplexity(base.clone(), windows, args.device):.3f}", flush=True)
+    for setting in settings:
+        program = base.clone()
+        start = time.perf_counter()
+        strength = setting.pop("strength", 1.0)
+        step = GptqQuantize(QuantizeConfig(**setting), calibration, args.device, strength)
+        step.run(program)
+        seconds = time.perf_counter() - start
+        solve = sum(r.seconds for r in step.reports)
+        ppl = perplexity(program, windows, args.device)
+        line = {
+            **setting,
+            "strength": strength,
+            "ppl": round(ppl, 3),
+            "seconds": round(seconds, 1),
+            "solve": round(solve, 1),
+        }
+        print(json.dumps(line), flush=True)
+        if args.out:
+            with args.out.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

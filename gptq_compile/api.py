@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``compile_model``: the whole path from a Hugging Face model to an artifact, one stage after another."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gptq_compile import __version__
+from gptq_compile.artifact.writer import ArtifactWriter
+from gptq_compile.calibration import SELF, CalibrationConfig, load_calibration
+from gptq_compile.errors import PassError
+from gptq_compile.frontend.source import ModelSource, load_source
+from gptq_compile.frontend.trace import trace
+from gptq_compile.options import CompileOptions
+from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport, quantizable
+from gptq_compile.passes.manager import Pass, PassManager, PassRecord
+from gptq_compile.passes.pipeline import lowering_passes, trace_passes
+from gptq_compile.passes.program import Program
+
+log = logging.getLogger(__name__)
+
+# Translation validation runs the whole model twice a pass; beyond this many weights it would cost more than it tells.
+_VALIDATE_PARAMETERS = 500_000_000
+
+
+class Progress(Protocol):
+    """Where the stages of a compilation are reported."""
+
+    def stage(self, name: str) -> None:
+        """A stage starts."""
+
+    def plan(self, plan: Plan) -> None:
+        """What will be done, before anything expensive is."""
+
+    def linear(self, report: LinearReport, index: int, total: int) -> None:
+        """Linear ``index`` of ``total`` was quantized."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+class Silent:
+    """A :class:`Progress` that says nothing."""
+
+    def stage(self, name: str) -> None: ...
+
+    def plan(self, plan: Plan) -> None: ...
+
+    def linear(self, report: LinearReport, index: int, total: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compilation will do, known from shapes alone.
+
+    Attributes:
+        name, model_type, parameters, context_length: the model.
+        linears: linears that will be quantized; ``quantized_parameters``: their weights.
+        bytes_before: the checkpoint's weights as float16. ``bytes_after``: the artifact's weights.
+        bits_per_weight: average over the quantized weights, scales and zero points included.
+        memory: estimated peak bytes of quantization. ``settings``: the resolved options.
+    """
+
+    name: str
+    model_type: str
+    parameters: int
+    context_length: int
+    linears: int
+    quantized_parameters: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    memory: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compilation made.
+
+    Attributes:
+        out: the artifact, or None after ``stop_after`` or a dry run.
+        plan: what was planned. ``seconds``: stage -> wall time. ``reports``: one a linear.
+        passes: one record a pass. ``size``: bytes of the artifact.
+    """
+
+    out: Path | None
+    plan: Plan
+    seconds: dict[str, float]
+    reports: list[LinearReport] = field(default_factory=list)
+    passes: list[PassRecord] = field(default_factory=list)
+    size: int = 0
+
+
+class _Stopped(Exception):
+    """``stop_after`` was reached."""
+
+
+def compile_model(options: CompileOptions, progress: Progress | None = None, *, dry_run: bool = False) -> CompileResult:
+    """Compiles a model into an artifact folder.
+
+    Args:
+        options: settings.
+        progress: told about stages, the plan and every finished linear.
+        dry_run: stop after the plan.
+
+    Returns:
+        Where the artifact is and what happened.
+
+    Raises:
+        GptqCompileError: with a sentence that says what was wrong, where, and what to do.
+    """
+    progress = progress or Silent()
+    clock = _Clock(progress)
+    target, dtype = options.resolved_target, options.resolved_dtype
+    writer = ArtifactWriter(options.out, overwrite=options.overwrite)
+    writer.check()
+    with clock("open"):
+        source = load_source(
+            options.model,
+            revision=options.revision,
+            offline=options.offline,
+            trust_remote_code=options.trust_remote_code,
+        )
+    with clock("trace"):
+        program = trace(source.config, source.params, name=source.name, source=source.source)
+    plan = _plan(program, source, options)
+    progress.plan(plan)
+    if dry_run:
+        return CompileResult(None, plan, clock.seconds)
+    manager = _Manager(options, source.parameter_count <= _VALIDATE_PARAMETERS)
+    quantize: GptqQuantize | None = None
+    try:
+        with clock("raise"):
+            manager.run(trace_passes(), program)
+        calibration = None
+        if options.quantize.method == "gptq":
+            with clock("calibrate"):
+                calibration = torch.from_numpy(_calibration(source, options))
+        with clock("quantize"):
+            quantize = GptqQuantize(options.quantize, calibration, options.resolved_device, on_linear=progress.linear)
+            manager.run([quantize], program)
+        if options.dequantized is not None:
+            with clock("dequantize"):
+                _write_dequantized(program, source, options.dequantized)
+        with clock("lower"):
+            manager.run(lowering_passes(target, dtype), program)
+    except _Stopped:
+        return CompileResult(None, plan, clock.seconds, quantize.reports if quantize else [], manager.records)
+    from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
+    from gptq_compile.passes.build import build
+    from gptq_compile.passes.lower_to_relax import lower_to_relax
+
+    with writer:
+        with clock("kernels"):
+            lowered = lower_to_relax(program, target, options.batch_buckets)
+        with clock("build"):
+            built = build(lowered.module, target, writer.place("model.so"))
+        with clock("write"):
+            for path in copy_runtime_libraries(target, writer.place("lib/x").parent):
+                log.debug("library %s", path)
+            writer.add_weights((name, program.params.get(name)) for name in lowered.weights)
+            writer.add_files(source.tokenizer_files)
+            writer.add_file(source.config_json(), "config.json")
+            writer.add_file(source.generation_json(), "generation_config.json")
+            writer.finish(_manifest(program, source, options, lowered, clock.seconds, built))
+    size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
+    return CompileResult(options.out, plan, clock.seconds, quantize.reports, manager.records, size)
+
+
+class _Clock:
+    """Times stages and reports them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+class _Manager:
+    """Runs parts of the pipeline through one PassManager each, with dumps numbered across all of them."""
+
+    def __init__(self, options: CompileOptions, validate: bool) -> None:
+        self.options, self.validate = options, options.validate and validate
+        self.records: list[PassRecord] = []
+
+    def run(self, passes: Any, program: Program) -> None:
+        stop = self.options.stop_after
+        names = [p.name for p in passes]
+        manager = PassManager(
+            list[Pass](passes),
+            validate=self.validate,
+            dump_ir=self.options.dump_ir,
+            first_index=len(self.records),
+            stop_after=stop if stop in names else None,
+            reproducer=self.options.reproducer,
+        )
+        manager.run(program)
+        self.records += manager.records
+        if stop is not None and stop in names:
+            raise _Stopped
+
+
+def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Plan:
+    """Sizes from shapes; the program is as traced, so linears are counted on a normalized copy."""
+    from gptq_compile.passes.normalize import Normalize
+
+    probe = program.clone()
+    Normalize().run(probe)
+    config = options.quantize
+    linears = {n.args[1] for n in quantizable(probe, config.quantize_lm_head)}
+    weights = quantized = 0
+    for node in linears:
+        rows, columns = (int(d) for d in node.meta["val"].shape)
+        config.validate_for_layer(columns, node.meta["param"])
+        quantized += rows * columns
+        grid = 2 if config.sym else 3  # float16 scale, and a uint8 zero point
+        weights += rows * (math.ceil(columns * config.wbits / 8) + config.groups_in(columns) * grid)
+    if options.stop_after is not None:
+        known = [
+            p.name
+            for p in [
+                *trace_passes(),
+                GptqQuantize(config),
+                *lowering_passes(options.resolved_target, options.resolved_dtype),
+            ]
+        ]
+        if options.stop_after not in known:
+            raise PassError(f"There is no pass called {options.stop_after!r}. The pipeline has: {', '.join(known)}.")
+    parameters = source.parameter_count
+    width = 4 if options.resolved_dtype == "float32" else 2
+    after = weights + (parameters - quantized) * width
+    largest = max((math.prod(n.meta["val"].shape) for n in linears), default=0)
+    hidden = max((int(n.meta["val"].shape[1]) for n in linears), default=0)
+    tokens = config.nsamples * config.seqlen if config.method == "gptq" else 0
+    memory = parameters * 4 + 4 * (3 * largest + 3 * hidden * hidden) + 4 * tokens * hidden
+    return Plan(
+        name=source.name,
+        model_type=source.config.model_type,
+        parameters=parameters,
+        context_length=source.context_length,
+        linears=len(linears),
+        quantized_parameters=quantized,
+        bytes_before=2 * parameters,
+        bytes_after=after,
+        bits_per_weight=8 * weights / quantized if quantized else 0.0,
+        memory=memory,
+        settings=options.as_dict(),
+    )
+
+
+def _calibration(source: ModelSource, options: CompileOptions) -> Any:
+    from gptq_compile.self_text import generator
+
+    config = options.quantize
+    seqlen = min(config.seqlen, source.context_length)
+    settings = CalibrationConfig(nsamples=config.nsamples, seqlen=seqlen, seed=config.seed)
+    generate = generator(source, options.resolved_device) if options.calibration == SELF else None
+    return load_calibration(
+        options.calibration, source.tokenizer, settings, vocab_size=source.vocab_size, generate=generate
+    )
+
+
+def _write_dequantized(program: Program, source: ModelSource, out: Path) -> None:
+    from gptq_compile.artifact.dequantized import write_dequantized
+    from gptq_compile.passes.dialect import dequantize
+
+    overrides: dict[str, Any] = {}
+    params = program.params
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.gptq_compile.quant_linear.default:
+            continue
+        _, codes, scales, zeros, g_idx, _, bits, group = node.args
+
+        def load(codes: Any = codes, scales: Any = scales, zeros: Any = zeros, g_idx: Any = g_idx,
+                 bits: int = bits, group: int = group) -> torch.Tensor:  # fmt: skip
+            read = lambda n: None if n is None else params.get(n.meta["param"])  # noqa: E731
+            weight = dequantize(read(codes), read(scales), read(zeros), read(g_idx), bits, group)
+            return weight.t().contiguous() if codes.meta["param"].endswith(".T.codes") else weight
+
+        overrides[codes.meta["param"].removesuffix(".codes").removesuffix(".T")] = load
+    write_dequantized(source, overrides, out)
+
+
+def _manifest(
+    program: Program, source: ModelSource, options: CompileOptions, lowered: Any, seconds: dict[str, float], built: Any
+) -> dict[str, Any]:
+    target = options.resolved_target
+    caches = program.inputs[[n.name for n in program.inputs].index("page_table") + 1 :]
+    layers = []
+    for k, v in zip(caches[::2], caches[1::2], strict=True):
+        _, heads, _, dim = k.meta["val"].shape
+        layers.append({"kv_heads": int(heads), "head_dim": int(dim), "v_head_dim": int(v.meta["val"].shape[-1])})
+    versions = {name: _version(name) for name in ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")}
+    return {
+        "model": {
+            "name": source.name,
+            "source": source.source,
+            "model_type": source.config.model_type,
+            "vocab_size": program.info.vocab_size,
+            "context_length": source.context_length,
+            "bos_token_id": source.bos_token_id,
+            "eos_token_ids": source.eos_token_ids,
+            "add_bos": source.add_bos,
+            "inputs": source.hashes(),
+        },
+        "target": {"kind": target.kind, "archs": list(target.archs), "machine_code": list(built.archs)},
+        "dtype": options.resolved_dtype,
+        "quantization": {**options.as_dict(), "layers": program.attrs.get("quantization", [])},
+        "kv_cache": {
+            "page_size": int(caches[0].meta["val"].shape[2]),
+            "dtype": options.resolved_dtype,
+            "layers": layers,
+        },
+        "entries": {
+            "forward": "forward",
+            "decode": {str(b): name for b, name in lowered.decode.items()},
+            **{name: name for name in ("sample", "repetition_penalty", "mark_seen", "advance")},
+        },
+        "kernels": {
+            case: {"kernel": choice.kernel.name, "refused": dict(choice.refused)}
+            for case, choice in lowered.kernels.items()
+        },
+        "library": "model.so",
+        "generation": source.generation,
+        "chat": source.chat,
+        "seconds": dict(seconds),
+        "versions": {"gptq-compile": __version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

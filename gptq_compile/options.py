@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a compilation depends on, checked before any model is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptq_compile.errors import ConfigError
+from gptq_compile.kernels.target import Target
+from gptq_compile.passes.gptq.config import QuantizeConfig
+
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Settings of one ``gptq-compile`` run.
+
+    Attributes:
+        model: a Hugging Face folder, a hub id or a GGUF file.
+        out: the artifact folder to make.
+        target: ``cpu``, ``cuda`` or ``cuda:sm_80,sm_90``.
+        quantize: how weights are quantized.
+        calibration: a ``.txt``/``.jsonl``/``.npy`` file, a ``datasets`` name, or ``self`` for text of the model's own.
+        dtype: activation type; by default float32 on the CPU and float16 on CUDA.
+        batch_buckets: batch sizes that get a decode entry of their own.
+        device: where torch quantizes; by default CUDA where torch has it.
+        dequantized: also write a Hugging Face folder with the dequantized weights here.
+        validate: run the program's reference before and after every pass and compare.
+        dump_ir: folder for the IR after every pass. ``stop_after``: name of the last pass to run.
+        reproducer: folder written when a pass fails.
+        revision, offline, trust_remote_code: how a hub id is resolved.
+        overwrite: replace an artifact that is there.
+    """
+
+    model: str
+    out: Path
+    target: str = "cpu"
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    calibration: str = "self"
+    dtype: str | None = None
+    batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
+    device: str | None = None
+    dequantized: Path | None = None
+    validate: bool = True
+    dump_ir: Path | None = None
+    stop_after: str | None = None
+    reproducer: Path | None = None
+    revision: str | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.resolved_target  # noqa: B018  parses, and raises for a bad one
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+        if not self.batch_buckets or any(b < 1 or b > 256 for b in self.batch_buckets):
+            raise ConfigError(f"batch buckets are {list(self.batch_buckets)}; use sizes from 1 to 256.")
+
+    @property
+    def resolved_target(self) -> Target:
+        """The parsed target."""
+        return Target.parse(self.target)
+
+    @property
+    def resolved_dtype(self) -> str:
+        """The activation type with the target's default filled in."""
+        return self.dtype or ("float32" if self.resolved_target.kind == "cpu" else "float16")
+
+    @property
+    def resolved_device(self) -> str:
+        """The torch device with the default filled in."""
+        if self.device is not None:
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings that decide the result, as plain values."""
+        return {
+            "target": str(self.resolved_target),
+            "dtype": self.resolved_dtype,
+            "calibration": self.calibration,
+            "batch_buckets": list(self.batch_buckets),
+            **self.quantize.as_dict(),
+        }

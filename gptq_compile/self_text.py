@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets the model write its own calibration text, with transformers' eager implementation and its KV cache."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gptq_compile.calibration import Generate
+from gptq_compile.errors import CalibrationError
+from gptq_compile.frontend.source import ModelSource
+
+log = logging.getLogger(__name__)
+
+
+def generator(source: ModelSource, device: str) -> Generate:
+    """A sampler over the source model; the model is built when it is first called and freed with the sampler.
+
+    Raises:
+        CalibrationError: (when called) if the whole model does not fit into memory.
+    """
+    model: torch.nn.Module | None = None
+
+    def generate(prompts: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+        nonlocal model
+        if model is None:
+            model = _materialize(source, device)
+        return _sample(model, torch.from_numpy(prompts).to(device), count, seed).cpu().numpy()
+
+    return generate
+
+
+def _materialize(source: ModelSource, device: str) -> torch.nn.Module:
+    from gptq_compile.frontend.trace import build_model
+
+    model = build_model(source.config, "sdpa" if _supports_sdpa(source) else "eager")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        for name, _ in list(model.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            value = source.params.get(name).to(device, dtype)
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(value, requires_grad=False))
+        model.tie_weights()  # type: ignore[operator]
+        for buffer_name, value in list(model.named_buffers()):
+            parent, _, leaf = buffer_name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = value.to(device)
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        raise CalibrationError(
+            "The model does not fit into memory to write its own calibration text. Give a text with --calibration FILE."
+        ) from e
+    return model.eval()
+
+
+def _supports_sdpa(source: ModelSource) -> bool:
+    from gptq_compile.frontend.trace import build_model
+
+    try:
+        build_model(source.config, "sdpa")
+    except Exception as e:
+        log.debug("no sdpa: %s", e)
+        return False
+    return True
+
+
+@torch.no_grad()
+def _sample(model: torch.nn.Module, prompts: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Samples at temperature 1 from the whole distribution; int64 ``[b, count]``."""
+    rng = torch.Generator(prompts.device).manual_seed(seed)
+    step, cache, made = prompts, None, []
+    for _ in range(count):
+        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        probs = torch.softmax(out.logits[:, -1].float(), dim=-1)
+        step = torch.multinomial(probs, 1, generator=rng)
+        made.append(step)
+    return torch.cat(made, dim=1)

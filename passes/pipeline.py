@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline, readable as one list: which passes run, in which order, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gptq_compile.kernels.target import Target
+from gptq_compile.passes.manager import Pass
+
+
+def trace_passes() -> list[Pass]:
+    """From what was traced to named ops: afterwards only attention looks at more than one token."""
+    from gptq_compile.passes.normalize import Normalize
+    from gptq_compile.passes.raise_attention import RaiseAttention
+    from gptq_compile.passes.raise_ops import RaiseOps
+
+    return [Normalize(), RaiseAttention(), RaiseOps(), Normalize()]
+
+
+def lowering_passes(target: Target, dtype: str) -> Sequence[Pass]:
+    """From a quantized program to the one that kernels are chosen for."""
+    from gptq_compile.passes.insert_kv_cache import InsertKvCache
+    from gptq_compile.passes.pack_weights import PackWeights
+
+    passes: list[Pass] = []
+    if dtype != "float32":
+        from gptq_compile.passes.lower_precision import LowerPrecision
+
+        passes.append(LowerPrecision(dtype))
+    return [*passes, InsertKvCache(), PackWeights(target)]
