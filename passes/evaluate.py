@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import torch
-from gptq_compile.passes.program import Program
 from torch import Tensor
+
+from gptq_compile.passes.program import Program
 
 PAGE_SIZE = 16
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from gptq_compile.passes.program import Program
 from torch import Tensor, fx
+
+from gptq_compile.passes.program import Program
 
 
 class Interpreter:

@@ -15,9 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
-from torch import fx
 
 aten = torch.ops.aten
 

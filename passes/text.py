@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gptq_compile.passes.program import Program, module_path
 from torch import fx
+
+from gptq_compile.passes.program import Program, module_path
 
 _SHORT = {
     torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",

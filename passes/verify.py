@@ -6,10 +6,10 @@ from __future__ import annotations
 import operator
 
 import torch
-from gptq_compile.passes.dialect import NAMESPACE
-from gptq_compile.passes.program import Program, where
 
 from gptq_compile.errors import PassError
+from gptq_compile.passes.dialect import NAMESPACE
+from gptq_compile.passes.program import Program, where
 
 
 def verify(program: Program) -> None:
