@@ -28,7 +28,7 @@ ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
     "gelu_tanh": _gelu_tanh,
     "gelu_quick": lambda x: x * tm.sigmoid(tm.f32(1.702) * x),
     "relu": _relu,
-    "relu_squared": lambda x: _relu(x) * _relu(x),
+    "relu2": lambda x: _relu(x) * _relu(x),
     "sigmoid": tm.sigmoid,
     "tanh": tm.tanh,
     "identity": lambda x: x,
