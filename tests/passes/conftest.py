@@ -39,10 +39,12 @@ def small_program(body: Callable[[SimpleNamespace, Tensor, Tensor], Tensor], **p
     generator = torch.Generator().manual_seed(0)
     params = {"embed": torch.randn(VOCAB, WIDTH, generator=generator), **params}
     n, m = torch.export.Dim("n", min=2, max=1 << 20), torch.export.Dim("m", min=2, max=1 << 20)
-    ids, rows = torch.zeros((1, 7), dtype=torch.long), torch.arange(5)
+    # On meta, as the frontend traces.
+    ids, rows = (torch.zeros(size, dtype=torch.long, device="meta") for size in ((1, 7), (5,)))
+    on_meta = {name: value.to("meta") for name, value in params.items()}
     with torch.no_grad():
         exported = torch.export.export(
-            _Model(body, params), (ids, ids.clone(), rows), dynamic_shapes=({1: n}, {1: n}, {0: m}), strict=False
+            _Model(body, on_meta), (ids, ids.clone(), rows), dynamic_shapes=({1: n}, {1: n}, {0: m}), strict=False
         ).run_decompositions({})
     store = ParamStore()
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
@@ -52,9 +54,6 @@ def small_program(body: Callable[[SimpleNamespace, Tensor, Tensor], Tensor], **p
         name = spec.target
         store.set(name, params[name] if name in params else exported.constants[name])
         nodes[spec.arg.name].meta["param"] = name
-    for node in exported.graph.nodes:  # the exporter keeps constants on the machine that traced
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     program = Program(exported.graph_module, store, ModelInfo("small", "", "small", VOCAB, 64))
     eliminate_dead(program)
     return program
@@ -84,4 +83,10 @@ def ops(program: Program) -> list[str]:
 @pytest.fixture
 def small() -> SimpleNamespace:
     """``small.program(body, **params)``, ``small.text(program)``, ``small.ops(program)``."""
+    return SimpleNamespace(program=small_program, text=body_text, ops=ops)
+
+
+@pytest.fixture(scope="module")
+def small_module() -> SimpleNamespace:
+    """:func:`small` for fixtures that trace once a module."""
     return SimpleNamespace(program=small_program, text=body_text, ops=ops)
