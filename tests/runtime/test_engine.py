@@ -81,6 +81,15 @@ def test_repetition_penalty(engine: Engine, toy: ModuleType) -> None:
     assert result.token_ids != reference_greedy(toy, [65, 66, 67], 25)
 
 
+def test_a_huge_penalty_forbids_repetition_while_rows_come_and_go(engine: Engine) -> None:
+    ends = list(range(0, 256, 5))  # sequences end at different steps, and others take their rows
+    results = engine.generate(PROMPTS, 30, repetition_penalty=1e9, eos_token_id=ends, return_dict_in_generate=True)
+    assert len({len(r.token_ids) for r in results}) > 2
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert len(set(result.token_ids)) == len(result.token_ids)
+        assert not set(result.token_ids) & set(prompt.encode())
+
+
 def test_sampling_settings_reach_the_sampler(engine: Engine, toy: ModuleType) -> None:
     settings: dict[str, Any] = {"temperature": 0.7, "top_k": 1, "top_p": 0.75, "min_p": 0.25, "seed": -3}
     prompt = [70, 71, 72]

@@ -19,6 +19,7 @@ from gptq_compile.runtime import engine as engine_module
 from gptq_compile.runtime.decode import WARM_UP_STEPS
 from gptq_compile.runtime.device import CpuDevice
 from gptq_compile.runtime.engine import Engine
+from gptq_compile.runtime.errors import LogitsError
 
 PROMPTS = ["a", "The quick brown fox", "x" * 40, "été", "0123456789abcdef", "Z" * 17]
 
@@ -175,3 +176,40 @@ def test_without_capture_steps_run_directly(engine: Engine, late: tuple[Engine, 
     assert late_engine.generate(PROMPTS, 20) == engine.generate(PROMPTS, 20)
     assert device.launches == 0
     np.testing.assert_array_equal(late_engine.logits([1, 2, 3], step=True), engine.logits([1, 2, 3], step=True))
+
+
+def test_no_step_goes_beyond_the_page_table(late: tuple[Engine, LateDevice], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = late
+    advance = engine._model.advance
+    highest = []
+
+    def checked(tokens: Any, table: Any, ids: Any, positions: Any, slots: Any) -> Any:
+        result = advance(tokens, table, ids, positions, slots)
+        memory = (ctypes.c_int32 * positions.numel()).from_address(positions.data_ptr())
+        highest.append(max(memory))
+        return result
+
+    monkeypatch.setattr(engine._model, "advance", checked)
+    prompts = [[1] * 70, [2] * 80, [3] * 9, [4] * 95]
+    results = engine.generate(prompts, 500, eos_token_id=[], return_dict_in_generate=True)
+    assert [len(r.token_ids) for r in results] == [26, 16, 87, 1]
+    assert max(highest) == 95
+
+
+def test_invalid_logits_are_seen_through_a_graph(
+    late: tuple[Engine, LateDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, device = late
+    sample = engine._model.sample
+
+    def spoiled(logits: Any, *columns: Any) -> Any:
+        tokens = sample(logits, *columns)
+        position = ctypes.c_int32.from_address(columns[-1].data_ptr()).value
+        if position == 12:
+            ctypes.c_int32.from_address(tokens.data_ptr()).value = -1
+        return tokens
+
+    monkeypatch.setattr(engine._model, "sample", spoiled)
+    with pytest.raises(LogitsError, match="after 13 tokens"):
+        engine.generate([1, 2, 3], 40, eos_token_id=[])
+    assert device.launches > 0

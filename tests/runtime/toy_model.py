@@ -196,7 +196,7 @@ def build_module() -> Any:
         q = T.match_buffer(positions, (b,), "int32")
         s = T.match_buffer(slots, (b,), "int32")
         for i in range(b):
-            o[i] = a[i]
+            o[i] = T.max(a[i], 0)
             q[i] = q[i] + 1
             s[i] = t[i, T.cast(q[i], "int64") // P] * P + q[i] % P
 
