@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from gptq_compile.errors import PassError
 from gptq_compile.passes import pattern
 from gptq_compile.passes.program import Program, where
 
+log = logging.getLogger(__name__)
+
 LENGTHS = (17, 40)  # coprime enough with head counts and widths that no other dimension is mistaken for n
-_PROBE_ELEMENTS = 1 << 27  # scores evaluated at once when looking for a window: half a GiB of float32
+_PROBE_ELEMENTS = 1 << 24  # scores evaluated at once to check a window: 128 MiB of float64
 _MASKED = 5000.0  # a score this far below every visible one is a mask: exp(-5000) is 0 in every float format
 
 
@@ -91,14 +94,15 @@ def _fit_new(program: Program, site: Site, scores: fx.Node, static: set[fx.Node]
     limit = min(program.info.context_length, LENGTHS[1])
     lengths = [n for n in LENGTHS if n <= limit] or [limit]
     n = lengths[-1]
-    far = max(n, _window_probe(program, static, heads))
-    visible = _visible(response(far, 0.0), site)
-    window = _window(visible[0, -1], far)
+    window = _far_window(program, site, scores, static)
+    _check_causal(_visible(response(n, 0.0), site), window, site)
     slopes = _slopes(response(n, 0.0), window, site)
     scale, softcap = _curve(response, n, window, site)
     law = Law(scale, softcap, window, slopes if slopes.abs().max() > 0 else None)
-    _check_causal(visible, window, site)
-    for length, offset in [(length, 0) for length in lengths] + [(lengths[0], 3), (far, 0)]:
+    beyond = min(window + 8, program.info.context_length)
+    if window and heads * beyond**2 <= _PROBE_ELEMENTS:
+        lengths.append(beyond)
+    for length, offset in [(length, 0) for length in lengths] + [(lengths[0], 3)]:
         if offset and length + offset > program.info.context_length:
             continue
         rng = torch.Generator().manual_seed(length)
@@ -107,18 +111,40 @@ def _fit_new(program: Program, site: Site, scores: fx.Node, static: set[fx.Node]
     return law
 
 
-def _window_probe(program: Program, static: set[fx.Node], heads: int) -> int:
-    """A length beyond every constant and table in the static subgraph, so that any window in it shows."""
+def _far_window(program: Program, site: Site, scores: fx.Node, static: set[fx.Node]) -> int:
+    """The window of the masks alone, at a length beyond every constant and table that they are made of.
+
+    The masks have no or few heads, so a length is affordable here at which the scores of all heads are not.
+    """
     top = program.info.context_length
-    sizes = [64]
+    sizes = [LENGTHS[1]]
     for node in static:
         if "param" in node.meta:
             sizes += program.params.shape(node.meta["param"])
         elif node.op == "call_function":
             leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
             sizes += [abs(v) for v in leaves if isinstance(v, int) and not isinstance(v, bool)]
-    longest = max([s for s in sizes if s <= 4 * top], default=64) + 8
-    return max(2, min(longest, top, math.isqrt(_PROBE_ELEMENTS // heads)))
+    n = max(2, min(max(s for s in sizes if s <= 4 * top or s == LENGTHS[1]) + 8, top))
+    path = pattern.ancestors([scores], [site.product]) - static - {site.product}
+    visible = torch.ones((n, n), dtype=torch.bool)
+    for mask in {a for node in path for a in node.all_input_nodes if a in static}:
+        if not isinstance(mask.meta.get("val"), Tensor):
+            continue
+        rank = mask.meta["val"].dim()
+        if pattern.symbolic_dims(program, mask) != [rank - 2, rank - 1]:
+            continue
+        rows = math.prod(pattern.concrete_shape(program, mask, 2)[:-2])
+        if rows * n * n > 1 << 28:
+            log.info("A mask of %d x %d x %d is too large to look for a sliding window in all of it.", rows, n, n)
+            n = math.isqrt((1 << 28) // rows)
+            visible = visible[:n, :n]
+        value = pattern.evaluate(program, [mask], n)[mask].reshape(rows, n, n)[0]
+        own = value.diagonal().unsqueeze(-1)
+        visible &= (value == own) if value.dtype == torch.bool else (value > own - _MASKED)
+    window = _window(visible[-1], n)
+    if not torch.equal(visible & _expected(n, 0), _expected(n, window)):
+        raise refuse(site.softmax, "its mask is neither causal nor a causal sliding window")
+    return window
 
 
 def _visible(base: Tensor, site: Site) -> Tensor:

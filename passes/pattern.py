@@ -133,10 +133,16 @@ def expression(size: int | torch.SymInt) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def symbolic_dims(program: Program, node: fx.Node) -> list[int]:
-    """Dimensions of ``node``'s value that depend on ``n``."""
+def symbolic_dims(program: Program, value: fx.Node | Tensor) -> list[int]:
+    """Dimensions of a node's (fake) value that depend on ``n``."""
     n = token_symbol(program)
-    return [d for d, s in enumerate(node.meta["val"].shape) if expression(s).has(n)]
+    shape = (value.meta["val"] if isinstance(value, fx.Node) else value).shape
+    return [d for d, s in enumerate(shape) if varies(expression(s), n)]
+
+
+def varies(size: sympy.Expr, n: sympy.Symbol) -> bool:
+    """Whether a size really depends on ``n``: slicing leaves constants such as ``1 - max(0, 1 - n)``."""
+    return size.has(n) and (size == n or len({size.subs(n, count) for count in (2, 17, 40)}) > 1)
 
 
 def concrete_shape(program: Program, node: fx.Node, n: int) -> list[int]:

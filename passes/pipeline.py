@@ -14,8 +14,9 @@ def trace_passes() -> list[Pass]:
     from gptq_compile.passes.normalize import Normalize
     from gptq_compile.passes.raise_attention import RaiseAttention
     from gptq_compile.passes.raise_ops import RaiseOps
+    from gptq_compile.passes.raise_positions import RaisePositions
 
-    return [Normalize(), RaiseAttention(), RaiseOps(), Normalize()]
+    return [Normalize(), RaiseAttention(), RaisePositions(), RaiseOps(), Normalize()]
 
 
 def lowering_passes(target: Target, dtype: str) -> Sequence[Pass]:

@@ -275,8 +275,8 @@ def _view_sizes(program: Program, node: fx.Node, n: fx.Node) -> list[Any] | None
     sizes: list[Any] = []
     for s in node.meta["val"].shape:
         e = pattern.expression(s)
-        if not e.has(symbol):
-            sizes.append(int(e))
+        if not pattern.varies(e, symbol):
+            sizes.append(int(e.subs(symbol, LENGTHS[0])))
         elif e == symbol:
             sizes.append(n)
         else:

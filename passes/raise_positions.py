@@ -17,6 +17,7 @@ from gptq_compile.errors import PassError
 from gptq_compile.passes import pattern
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program, where
+from gptq_compile.passes.token_parallel import check_token_parallel
 
 aten = torch.ops.aten
 
@@ -73,6 +74,10 @@ class RaisePositions(Pass):
         pattern.erase_dead_code(program.graph)
         return changed
 
+    def ensures(self, program: Program) -> None:
+        """Only attention mixes tokens."""
+        check_token_parallel(program)
+
 
 def _uniform(value: Tensor, dim: int) -> bool:
     return torch.equal(value, value.narrow(dim, 0, 1).expand_as(value))
@@ -111,7 +116,7 @@ def _affine(program: Program, node: fx.Node, dim: int, values: dict[int, Tensor]
         shape[dim] = n
         if rank != 2 or dim != 1:
             out = program.call(aten.view.default, (out, shape), like=node)
-        full = [n if d == dim else int(s) for d, s in enumerate(node.meta["val"].shape)]
+        full = [n if d == dim else s for d, s in enumerate(pattern.concrete_shape(program, node, 17))]
         if full != shape:
             out = program.call(aten.expand.default, (out, full), like=node)
     return out
@@ -121,9 +126,7 @@ def _is_head(program: Program, node: fx.Node) -> bool:
     """Whether ``node`` is the first rows, as many as there are tokens, of a value of fixed size."""
     source = node.args[0]
     return (
-        node.target is aten.slice.Tensor
-        and isinstance(source, fx.Node)
-        and not pattern.symbolic_dims(program, source)
+        node.target is aten.slice.Tensor and isinstance(source, fx.Node) and not pattern.symbolic_dims(program, source)
     )
 
 
@@ -132,7 +135,7 @@ def _first_row(program: Program, node: fx.Node, dim: int) -> fx.Node:
     n = pattern.token_count(program)
     with program.graph.inserting_before(node):
         row = program.call(aten.slice.Tensor, (node.args[0], dim, 0, 1), like=node)
-        sizes = [n if d == dim else int(s) for d, s in enumerate(node.meta["val"].shape)]
+        sizes = [n if d == dim else s for d, s in enumerate(pattern.concrete_shape(program, node, 17))]
         return program.call(aten.expand.default, (row, sizes), like=node)
 
 

@@ -105,7 +105,7 @@ def _base_name(node: fx.Node) -> str:
 
 def _require_only_axis(program: Program, value: Tensor, axis: TokenAxis) -> None:
     n = pattern.token_symbol(program)
-    dims = [d for d, s in enumerate(value.shape) if pattern.expression(s).has(n)]
+    dims = pattern.symbolic_dims(program, value)
     if dims != [axis.dim]:
         raise MixesTokensError(f"the number of tokens is in dimensions {dims} of its result instead of one")
     if rules.size(value, axis.dim) != axis.outer * axis.inner * n:

@@ -40,8 +40,7 @@ def size(value: Any, dim: int) -> Any:
 
 def token_dims(program: Program, node: fx.Node) -> list[int]:
     value = node.meta["val"]
-    n = pattern.token_symbol(program)
-    return [d for d, s in enumerate(value.shape) if pattern.expression(s).has(n)] if isinstance(value, Tensor) else []
+    return pattern.symbolic_dims(program, value) if isinstance(value, Tensor) else []
 
 
 def rank_of(node: Any) -> int:
@@ -56,7 +55,7 @@ def no_size_operand(program: Program, node: fx.Node) -> None:
     n = pattern.token_symbol(program)
     for a in node.all_input_nodes:
         value = a.meta.get("val")
-        if isinstance(value, torch.SymInt | torch.SymFloat) and value.node.expr.has(n):
+        if isinstance(value, torch.SymInt | torch.SymFloat) and pattern.varies(value.node.expr, n):
             raise MixesTokensError("it computes with the number of tokens")
 
 
@@ -85,11 +84,11 @@ def same(program: Program, node: Any, axes: Axes) -> TokenAxis | None:
 def view(program: Program, node: Any, axes: Axes) -> TokenAxis:
     """A reshape keeps the row-major order, so what runs slower than the tokens must still do so."""
     source, axis = node.args[0], axes[node.args[0]]
-    before = math.prod(int(s) for s in source.meta["val"].shape[: axis.dim]) * axis.outer
+    before = math.prod(pattern.concrete_shape(program, source, 17)[: axis.dim]) * axis.outer
     dims = token_dims(program, node)
     if len(dims) != 1:
         raise MixesTokensError(f"the number of tokens is in dimensions {dims} of its result instead of one")
-    new_before = math.prod(int(s) for s in node.meta["val"].shape[: dims[0]])
+    new_before = math.prod(pattern.concrete_shape(program, node, 17)[: dims[0]])
     count = size(node.meta["val"], dims[0]) / pattern.token_symbol(program)
     outer = before // max(new_before, 1)
     if before % max(new_before, 1) or not count.is_integer or int(count) % outer:

@@ -145,7 +145,9 @@ def _attention_modes(config: Any) -> tuple[str, ...]:
 
 def _untraceable(config: Any, failures: list[Exception]) -> ModelError:
     def words(e: Exception) -> str:
-        lines = [line for line in str(e).strip().splitlines() if line.strip()]
+        lines = [line.strip() for line in str(e).strip().splitlines() if line.strip()]
+        if lines and lines[0].startswith("Constraints violated"):
+            return "its operations put conditions on the number of tokens: " + "; ".join(lines[1:2])[:300]
         return lines[0][:300] if lines else type(e).__name__
 
     first, second = failures
