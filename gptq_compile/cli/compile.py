@@ -25,8 +25,8 @@ examples:
   gptq-compile run smollm2 "What is a compiler?"
 """
 
-_QUANTIZE = {f.name: f.default for f in dataclasses.fields(QuantizeConfig)}
-_COMPILE = {f.name: f.default for f in dataclasses.fields(CompileOptions)}
+_QUANTIZE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(QuantizeConfig)}
+_COMPILE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(CompileOptions)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -218,8 +218,3 @@ def _sizes(text: str) -> tuple[int, ...]:
         raise ConfigError(
             f"The batch buckets {text!r} are not whole numbers with commas between, as 1,2,4,8."
         ) from None
-
-
-def defaults() -> dict[str, Any]:
-    """Every setting with its default, for the documentation's test."""
-    return {**_COMPILE, **_QUANTIZE}

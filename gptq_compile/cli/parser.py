@@ -26,12 +26,12 @@ class Parser(argparse.ArgumentParser):
         """Raises ConfigError with argparse's words as a sentence."""
         raise ConfigError(f"{message[:1].upper()}{message[1:].rstrip('.')}. See `{self.prog} --help`.")
 
-    def print_help(self, file: IO[str] | None = None) -> None:
-        """Prints the help, in colour if ``file`` is a terminal."""
-        file = file or sys.stdout
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help, in colour on a terminal."""
+        out: IO[str] = file or sys.stdout
         text = self.format_help()
-        if not file.isatty():
-            file.write(text)
+        if not out.isatty():
+            out.write(text)
             return
         from rich.console import Console
         from rich.text import Text
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         styled.highlight_regex(_OPTION.pattern, "cyan")
         for match in _HEADING.finditer(text):
             styled.stylize("bold", *match.span())
-        Console(file=file).print(styled, soft_wrap=True)
+        Console(file=out).print(styled, soft_wrap=True)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

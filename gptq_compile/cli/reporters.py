@@ -120,7 +120,7 @@ class PlainReporter(_Timed):
         self._told = now
         left = (now - self._since) / index * (total - index)
         self.console.print(
-            f"  {index}/{total} {report.name}: {_errors(report)}, damp {report.damp:g}, about {duration(left)} left",
+            f"  {index}/{total} {report.name}: {_errors(report)}, about {duration(left)} left",
             markup=False,
         )
 
@@ -265,8 +265,8 @@ def _finite(value: Any) -> Any:
 
 
 def _errors(report: LinearReport) -> str:
-    """``error 0.0123 (rounding 0.0310)``; rounding alone is not measured."""
-    if not math.isfinite(report.error):
+    """``error 0.0123 (rounding 0.0310), damp 0.01``; rounding alone is not measured."""
+    if not summary.measured(report.error) or not summary.measured(report.error_rtn):
         return f"{report.bits} bits, rounded"
-    text = f"error {report.error:.4f} (rounding {report.error_rtn:.4f})"
+    text = f"error {report.error:.4f} (rounding {report.error_rtn:.4f}), damp {report.damp:g}"
     return f"{text}, {report.note}" if report.note else text

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     add_engine_arguments(p)
     p.add_argument("--tokens-per-second", action="store_true", help="print tokens and speed on stderr at the end")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
-    arguments = p.parse_args(argv)
+    arguments = p.parse_intermixed_args(argv)  # so that options may stand between OUT and PROMPT
     prompt = _prompt(arguments.prompt)
     with load_engine(arguments) as engine:
         text = _rendered(engine, prompt, arguments.chat, arguments.system)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from rich import box
 from rich.table import Table
@@ -106,10 +106,15 @@ def run_command(out: Path) -> str:
 
 def mean_errors(reports: Sequence[LinearReport]) -> tuple[float, float] | None:
     """Mean relative layer error and that of rounding, over the linears where both were measured."""
-    both = [(r.error, r.error_rtn) for r in reports if math.isfinite(r.error) and math.isfinite(r.error_rtn)]
+    both = [(r.error, r.error_rtn) for r in reports if measured(r.error) and measured(r.error_rtn)]
     if not both:
         return None
     return sum(e for e, _ in both) / len(both), sum(r for _, r in both) / len(both)
+
+
+def measured(error: float | None) -> TypeGuard[float]:
+    """Whether an error is a number; rounding without a Hessian measures none."""
+    return error is not None and math.isfinite(error)
 
 
 def disk_needed(plan: Plan, options: CompileOptions) -> int:
