@@ -39,7 +39,13 @@ def visible_window(mask_function: Callable[..., Any]) -> int:
     window = None
     for q in (_PROBE, _PROBE - 1, _PROBE - 4097, 8191, 100, 13, 1, 0):
         kv = torch.arange(q + 64)
-        seen = mask_function(zero, zero, torch.tensor(q), kv)
+        try:
+            seen = mask_function(zero, zero, torch.tensor(q), kv)
+        except RuntimeError as e:
+            raise ModelError(
+                "The model masks attention by a rule that reads other tensors than the positions of query and key, "
+                f"such as chunked attention with padding; such masks are not supported yet ({e})."
+            ) from e
         seen = torch.as_tensor(seen).expand(kv.shape)
         if window is None:
             window = int(seen.sum())
@@ -116,9 +122,7 @@ def attention_hook(
     return out, None
 
 
-def experts_hook(
-    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def experts_hook(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts function for transformers: two ``gptq_compile::expert_linear`` around the module's own gate.
 
     Args:
@@ -130,17 +134,17 @@ def experts_hook(
         ``[n, hidden]``.
     """
     n, k = top_k_index.shape
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    # Older releases of transformers describe fewer of these.
+    gated, has_bias = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
+    transposed = bool(getattr(module, "is_transposed", False))
 
     def linear(x: Tensor, name: str) -> Tensor:
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        return torch.ops.gptq_compile.expert_linear(
-            x, getattr(module, name), top_k_index, bias, bool(module.is_transposed)
-        )
+        bias = getattr(module, f"{name}_bias") if has_bias else None
+        return torch.ops.gptq_compile.expert_linear(x, getattr(module, name), top_k_index, bias, transposed)
 
     x = hidden_states.unsqueeze(1).expand(n, k, hidden_states.shape[-1])
-    x = linear(x, first)
-    x = linear(module._apply_gate(x) if module.has_gate else module.act_fn(x), "down_proj")  # type: ignore[operator]
+    x = linear(x, "gate_up_proj" if gated else "up_proj")
+    x = linear(module._apply_gate(x) if gated else module.act_fn(x), "down_proj")  # type: ignore[operator]
     if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)  # type: ignore[operator]
     return (x * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
