@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.tvm_env import relax
 from gptq_compile.passes.program import where
+
+# isort: split
+# tvm_env makes the driver library loadable, which must be before anything of TVM is imported.
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 aten = torch.ops.aten
 
@@ -121,7 +124,7 @@ def _slice(i: Importer, node: fx.Node) -> Any:
 
 
 def _split(i: Importer, node: fx.Node) -> Any:
-    x, sizes, *dim = node.args
+    x, _, *dim = node.args
     axis = dim[0] if dim else node.kwargs.get("dim", 0)
     parts = [int(v.shape[axis]) for v in node.meta["val"]]
     ends = [sum(parts[: j + 1]) for j in range(len(parts))]
@@ -157,13 +160,13 @@ def _select(i: Importer, node: fx.Node) -> Any:
 
 def _index_select(i: Importer, node: fx.Node) -> Any:
     x, dim, index = node.args
-    return i.emit(relax.op.take(i.env[x], i.env[index], axis=dim % x.meta["val"].dim()))
+    return i.emit(relax.op.take(i.env[x], i.env[index], axis=dim % x.meta["val"].dim(), mode="clip"))
 
 
 def _embedding(i: Importer, node: fx.Node) -> Any:
     table, ids = node.args[:2]
     flat = i.emit(relax.op.reshape(i.env[ids], [-1]))
-    rows = i.emit(relax.op.take(i.env[table], flat, axis=0))
+    rows = i.emit(relax.op.take(i.env[table], flat, axis=0, mode="clip"))
     return i.emit(relax.op.reshape(rows, i.shape(node)))
 
 

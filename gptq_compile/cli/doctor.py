@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptq_compile.cli.output import json_line
+from gptq_compile.cli.output import json_line, show
 from gptq_compile.cli.parser import Parser
 from gptq_compile.doctor import Finding, examine
 from gptq_compile.kernels.target import Target
@@ -44,11 +43,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print(findings: Sequence[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=119)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -59,4 +56,4 @@ def _print(findings: Sequence[Finding]) -> None:
         if finding.mend:
             words.append(f"\n-> {finding.mend}", style="italic")
         table.add_row(Text(mark, style=style), finding.name, words)
-    console.print(table)
+    show(table)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gptq_compile.cli.output import json_line, size
+from gptq_compile.cli.output import json_line, show, size
 from gptq_compile.cli.parser import Parser
 from gptq_compile.inspect_artifact import Inspection, inspect_artifact
 
@@ -50,10 +49,8 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 def _print(found: Inspection, shown: int, verified: bool) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     m, raw = found.manifest, found.manifest.raw
     about = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     about.add_column(style="dim", no_wrap=True)
@@ -71,24 +68,24 @@ def _print(found: Inspection, shown: int, verified: bool) -> None:
     about.add_row("weights", ", ".join(f"{n} {k} ({size(b)})" for k, (n, b) in found.dtypes.items()))
     about.add_row("made by", ", ".join(f"{k} {v}" for k, v in raw.get("versions", {}).items() if v))
     about.add_row("files", f"{len(m.files)}, all there" + (", every sha256 as written" if verified else ""))
-    console.print(about)
-    _print_layers(console, found, shown)
+    show(about)
+    _print_layers(found, shown)
     if found.kernels:
         kernels = Table(title="kernels", title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
         for heading in ("kernel", "cases", "first case"):
             kernels.add_column(heading, overflow="fold")
         for name, cases in sorted(found.kernels.items()):
             kernels.add_row(name, str(len(cases)), cases[0])
-        console.print(kernels)
+        show(kernels)
 
 
-def _print_layers(console: Any, found: Inspection, shown: int) -> None:
+def _print_layers(found: Inspection, shown: int) -> None:
     from rich import box
     from rich.table import Table
 
     measured = [x for x in found.layers if x.error is not None]
     if not measured:
-        console.print(f"{len(found.layers)} linears, rounded without measuring an error.\n", markup=False)
+        print(f"{len(found.layers)} linears, rounded without measuring an error.\n")
         return
     mean = sum(x.error or 0.0 for x in measured) / len(measured)
     with_rtn = [x for x in measured if x.error_rtn is not None]
@@ -96,17 +93,17 @@ def _print_layers(console: Any, found: Inspection, shown: int) -> None:
     worst = sorted(measured, key=lambda x: -(x.error or 0.0))
     worst = worst[:shown] if shown > 0 else worst
     table = Table(
-        title=f"{len(worst)} worst of {len(found.layers)} linears; mean error {mean:.4f}, of rounding {rounding:.4f}",
+        title=f"{len(worst)} worst of {len(found.layers)} linears; mean error {mean:.3g}, of rounding {rounding:.3g}",
         title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     for heading in ("linear", "shape", "bits", "group", "method", "error", "rounding", "damp", "note"):
         table.add_column(heading, overflow="fold")
     for x in worst:
         table.add_row(
-            x.name, "x".join(map(str, x.shape)), str(x.bits), str(x.group_size), x.method, f"{x.error:.4f}",
-            "" if x.error_rtn is None else f"{x.error_rtn:.4f}", "" if x.damp is None else f"{x.damp:g}", x.note or "",
+            x.name, "x".join(map(str, x.shape)), str(x.bits), str(x.group_size), x.method, f"{x.error:.3g}",
+            "" if x.error_rtn is None else f"{x.error_rtn:.3g}", "" if x.damp is None else f"{x.damp:g}", x.note or "",
         )  # fmt: skip
-    console.print(table)
+    show(table)
 
 
 def _settings(q: dict[str, Any]) -> str:

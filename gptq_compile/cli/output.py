@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from typing import Any
@@ -17,6 +18,20 @@ def error_line(sentence: str) -> None:
 def json_line(value: Any) -> None:
     """Prints one JSON value as one line on stdout, at once."""
     print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def show(renderable: Any) -> None:
+    """Prints something of rich's on stdout: in colour on a terminal, else as plain lines of a fixed width."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    # A log has no width, and rich fills every line of a table up with spaces.
+    page = Console(highlight=False, width=119, file=io.StringIO())
+    page.print(renderable)
+    lines = [line.rstrip() for line in page.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    print("\n".join(lines), flush=True)
 
 
 def size(count: float) -> str:

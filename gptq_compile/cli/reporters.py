@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from gptq_compile.cli import summary
-from gptq_compile.cli.output import duration, json_line
+from gptq_compile.cli.output import duration, json_line, show
 
 if TYPE_CHECKING:
     from gptq_compile.api import CompileResult, Plan
@@ -98,8 +98,6 @@ class PlainReporter(_Timed):
 
     def __init__(self, options: CompileOptions) -> None:
         super().__init__(options)
-        # Wide and fixed: a log has no width, and a table must not depend on who reads it.
-        self.console = Console(width=119, highlight=False)
         self._told = 0.0
 
     def loading(self) -> None: ...
@@ -107,11 +105,11 @@ class PlainReporter(_Timed):
     def stage(self, name: str) -> None:
         self._done()
         self._switch(name)
-        self.console.print(f"{STAGES.get(name, name)} ...", markup=False)
+        _say(f"{STAGES.get(name, name)} ...")
 
     def plan(self, plan: Plan) -> None:
         self._done()
-        self.console.print(summary.plan_table(plan, self.options))
+        show(summary.plan_table(plan, self.options))
 
     def linear(self, report: LinearReport, index: int, total: int) -> None:
         now = time.monotonic()
@@ -119,26 +117,25 @@ class PlainReporter(_Timed):
             return
         self._told = now
         left = (now - self._since) / index * (total - index)
-        self.console.print(
+        _say(
             f"  {index}/{total} {report.name}: {_errors(report)}, about {duration(left)} left",
-            markup=False,
         )
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {text}", markup=False)
+        _say(f"  {text}")
 
     def finish(self, result: CompileResult, *, dry_run: bool) -> None:
         self._done()
         if not dry_run:
-            self.console.print(summary.result_table(result, self.options))
-        self.console.print(summary.next_step(result, dry_run), markup=False)
+            show(summary.result_table(result, self.options))
+        _say(summary.next_step(result, dry_run))
 
     def failed(self, error: Exception) -> None: ...
 
     def _done(self) -> None:
         name, seconds = self._switch(None)
         if name is not None and seconds >= 1:
-            self.console.print(f"  done in {duration(seconds)}", markup=False)
+            _say(f"  done in {duration(seconds)}")
 
 
 class TerminalReporter(_Timed):
@@ -148,14 +145,15 @@ class TerminalReporter(_Timed):
         super().__init__(options)
         self.console = Console(highlight=False)
         self._bars = Bars(
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("[dim]{task.fields[detail]}"),
             console=self.console,
             transient=True,
+            refresh_per_second=4,
         )
         self._task: Any = None
 
@@ -179,7 +177,7 @@ class TerminalReporter(_Timed):
 
     def linear(self, report: LinearReport, index: int, total: int) -> None:
         detail = f"{report.name} {_errors(report)}"
-        self._bars.update(self._task, completed=index, total=total, detail=detail)
+        self._bars.update(self._task, completed=index, total=total, count=f"{index}/{total}", detail=detail)
 
     def note(self, text: str) -> None:
         self.console.print(Text(f"  {text}", style="dim"))
@@ -198,7 +196,7 @@ class TerminalReporter(_Timed):
         if self._task is not None:
             self._bars.remove_task(self._task)
         self._switch(name)
-        self._task = self._bars.add_task(words, total=None, detail="")
+        self._task = self._bars.add_task(words, total=None, count="", detail="")
 
     def _done(self) -> None:
         name, seconds = self._switch(None)
@@ -264,9 +262,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _errors(report: LinearReport) -> str:
     """``error 0.0123 (rounding 0.0310), damp 0.01``; rounding alone is not measured."""
     if not summary.measured(report.error) or not summary.measured(report.error_rtn):
         return f"{report.bits} bits, rounded"
-    text = f"error {report.error:.4f} (rounding {report.error_rtn:.4f}), damp {report.damp:g}"
+    text = f"error {report.error:.2g} (rounding {report.error_rtn:.2g}), damp {report.damp:g}"
     return f"{text}, {report.note}" if report.note else text

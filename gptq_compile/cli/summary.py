@@ -75,7 +75,7 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
     if errors := mean_errors(result.reports):
         error, rtn = errors
         change = f", {abs(1 - error / rtn):.0%} {'less' if error <= rtn else 'MORE'}" if rtn else ""
-        table.add_row("mean layer error", f"{error:.4f} against {rtn:.4f} of rounding{change}")
+        table.add_row("mean layer error", f"{error:.3g} against {rtn:.3g} of rounding{change}")
     q = options.quantize
     if fallen := [r for r in result.reports if r.method != q.method]:
         table.add_row(
