@@ -120,12 +120,12 @@ def _rewrite(program: Program, site: Site, law: Law) -> None:
     n = pattern.token_count(program)
     q, k, v = site.product.args[0], site.product.args[1], site.mix.args[1]
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    batch = pattern.concrete_shape(program, site.product, 17)[:-2]
+    batch, mix_batch = (pattern.concrete_shape(program, x, LENGTHS[0])[:-2] for x in (site.product, site.mix))
     with graph.inserting_before(site.mix):
         operands = [
             _Operand(program, q, batch, keys_last=False),
             _Operand(program, k, batch, keys_last=True),
-            _Operand(program, v, batch, keys_last=False, factors=False),
+            _Operand(program, v, mix_batch, keys_last=False, factors=False),
         ]
         heads = math.prod(batch)
         group = math.gcd(operands[1].group, operands[2].group)

@@ -22,6 +22,17 @@ from gptq_compile.passes.program import ModelInfo, ParamStore, Program, where
 log = logging.getLogger(__name__)
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "max_sequence_length")
+_SYNONYMS = {
+    torch.ops.aten.concat.default: torch.ops.aten.cat.default,
+    torch.ops.aten.concatenate.default: torch.ops.aten.cat.default,
+    torch.ops.aten.multiply.Tensor: torch.ops.aten.mul.Tensor,
+    torch.ops.aten.divide.Tensor: torch.ops.aten.div.Tensor,
+    torch.ops.aten.true_divide.Tensor: torch.ops.aten.div.Tensor,
+    torch.ops.aten.subtract.Tensor: torch.ops.aten.sub.Tensor,
+    torch.ops.aten.negative.default: torch.ops.aten.neg.default,
+    torch.ops.aten.swapaxes.default: torch.ops.aten.transpose.int,
+    torch.ops.aten.swapdims.default: torch.ops.aten.transpose.int,
+}
 _TRACE_TOKENS = 7  # any length works: the dimension is dynamic
 
 
@@ -83,6 +94,8 @@ def build_model(config: Any, attention: str) -> nn.Module:
             )
     except ValueError as e:
         raise ModelError(f"transformers cannot build a causal language model of type {config.model_type!r}: {e}") from e
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False  # not every forward takes use_cache as an argument
     return model.eval().requires_grad_(False)
 
 
@@ -249,4 +262,6 @@ def _to_program(
     for node in list(program.graph.nodes):
         if node.op == "placeholder" and not node.users and "param" in node.meta:
             program.graph.erase_node(node)
+        elif node.op == "call_function":
+            node.target = _SYNONYMS.get(node.target, node.target)
     return program
