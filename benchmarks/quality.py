@@ -94,6 +94,10 @@ def main() -> None:
     windows = ids[: args.windows * 1024].reshape(args.windows, 1024)
     calibration = torch.from_numpy(np.load(args.calibration).astype(np.int64))[: args.rows]
     start = time.perf_counter()
+    for name in list(source.params):  # every setting reads every weight, so hold them where they are used
+        source.params.set(name, source.params.get(name).to(args.device))
+    print(f"read in {time.perf_counter() - start:.1f} s", flush=True)
+    start = time.perf_counter()
     base = trace(source.config, source.params, name=source.name)
     PassManager(trace_passes(), validate=False).run(base)
     print(f"traced in {time.perf_counter() - start:.1f} s", flush=True)
@@ -106,8 +110,7 @@ def main() -> None:
     for setting in settings:
         program = base.clone()
         start = time.perf_counter()
-        strength = setting.pop("strength", 1.0)
-        step = GptqQuantize(QuantizeConfig(**setting), calibration, args.device, strength)
+        step = GptqQuantize(QuantizeConfig(**setting), calibration, args.device)
         step.run(program)
         seconds = time.perf_counter() - start
         solve = sum(r.seconds for r in step.reports)

@@ -116,7 +116,6 @@ class GptqQuantize(Pass):
         config: settings.
         calibration: int64 ``[sequences, tokens]`` ids; not needed for ``method="rtn"``.
         device: where to compute.
-        token_strength: weight of received attention when ``config.token_weighting`` is ``"attention"``.
         on_linear: called with the report of each finished linear and (index, total).
     """
 
@@ -128,11 +127,10 @@ class GptqQuantize(Pass):
         config: QuantizeConfig,
         calibration: Tensor | None = None,
         device: str | torch.device = "cpu",
-        token_strength: float = 1.0,
         on_linear: Callable[[LinearReport, int, int], None] | None = None,
     ) -> None:
         self.config, self.calibration, self.device = config, calibration, torch.device(device)
-        self.token_strength, self.on_linear = token_strength, on_linear
+        self.on_linear = on_linear
         self.reports: list[LinearReport] = []
 
     def requires(self, program: Program) -> None:
@@ -204,10 +202,6 @@ class GptqQuantize(Pass):
         """Runs the original model once and returns the token weights of a group's input in a sequence."""
         if self.config.token_weighting == "none":
             return lambda source, sequence: None
-        if self.config.token_weighting != "attention":
-            raise PassError(
-                f"There is no token weighting called {self.config.token_weighting!r}; use attention or none."
-            )
         assert self.calibration is not None
         reach = downstream_attention(program)
         attention = [n for n in program.graph.nodes if n.target is ops.attention.default]
@@ -228,7 +222,7 @@ class GptqQuantize(Pass):
                 )
                 states[i] = values
             start = stop
-        return lambda source, sequence: token_weights(received[sequence], reach[source], self.token_strength)
+        return lambda source, sequence: token_weights(received[sequence], reach[source], self.config.token_strength)
 
     def _solve(self, program: Program, group: _Group, hessian: Hessian, solutions: dict[fx.Node, Solution]) -> None:
         todo = [n for n in group.linears if n.args[1] not in solutions]

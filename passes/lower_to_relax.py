@@ -212,6 +212,8 @@ class _Entry:
             self.env[node] = emit(relax.TupleGetItem(weight_tuple, i))
 
     def _lower(self, node: fx.Node) -> None:
+        if node in self.env:
+            return  # computed together with its operand
         rule = _RULES.get(node.target)
         try:
             if rule is not None:
@@ -260,12 +262,26 @@ def _linear(entry: _Entry, node: fx.Node) -> Any:
     x, weight, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")
     n, k = (int(d) for d in weight.meta["val"].shape)
-    # Logits leave in float32 whatever the activation type, so the last linear accumulates straight into it.
+    # A cast to float32 that is all that reads the product (logits) costs nothing when the kernel stores its sums as
+    # they are.
+    widened = _only_widened(node)
+    out = widened or node
     case = lambda rows: Case.make(  # noqa: E731
-        "linear", _dtype(x), rows, in_features=k, out_features=n, has_bias=bias is not None, out_dtype=_dtype(node),
+        "linear", _dtype(x), rows, in_features=k, out_features=n, has_bias=bias is not None, out_dtype=_dtype(out),
         weight_dtype=_dtype(weight),
     )  # fmt: skip
-    return entry.emit_rows(node, case, x, [weight, bias], n)
+    value = entry.emit_rows(out, case, x, [weight, bias], n)
+    if widened is not None:
+        entry.env[widened] = value
+    return value
+
+
+def _only_widened(node: fx.Node) -> fx.Node | None:
+    """The cast to float32 that is the only user of a node, or None."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is aten._to_copy.default and _dtype(users[0]) == "float32":
+        return users[0]
+    return None
 
 
 def _packed_linear(entry: _Entry, node: fx.Node) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.manager import Pass
 
@@ -24,9 +26,9 @@ def lowering_passes(target: Target, dtype: str) -> Sequence[Pass]:
     from gptq_compile.passes.insert_kv_cache import InsertKvCache
     from gptq_compile.passes.pack_weights import PackWeights
 
-    passes: list[Pass] = []
+    passes: list[Pass] = [InsertKvCache()]
     if dtype != "float32":
         from gptq_compile.passes.lower_precision import LowerPrecision
 
-        passes.append(LowerPrecision(dtype))
-    return [*passes, InsertKvCache(), PackWeights(target)]
+        passes.append(LowerPrecision(getattr(torch, dtype)))
+    return [*passes, PackWeights(target)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 
@@ -181,7 +182,8 @@ class Program:
         """Inserts a call at the graph's insertion point, with its fake value and ``like``'s source location."""
         node = self.graph.call_function(target, args, kwargs or {})
         as_val = lambda a: fx.node.map_arg(a, lambda n: n.meta["val"])  # noqa: E731
-        with self.fake_mode:
+        # The Python dispatcher makes composite ops (linear, matmul) accept symbolic sizes.
+        with self.fake_mode, enable_python_dispatcher():
             node.meta["val"] = target(*as_val(args), **as_val(kwargs or {}))
         if like is not None:
             for key in ("nn_module_stack", "stack_trace"):

@@ -41,14 +41,14 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
     if q.method == "gptq":
         order = ["act-order" if q.act_order else "natural order"]
         order += ["static groups"] if q.act_order and q.static_groups else []
-        order += ["MSE grids"] if q.mse else []
+        order += ["MSE grids"] if q.clips else []
         order += [f"token weighting by {q.token_weighting}"] if q.token_weighting != "none" else []
         table.add_row("method", f"GPTQ, {', '.join(order)}, damp {q.damp:g}, sequential {q.sequential}")
         tokens = min(q.seqlen, plan.context_length)
         source = "text the model generates" if options.calibration == "self" else options.calibration
         table.add_row("calibration", f"{q.nsamples} x {tokens} tokens, {source}, seed {q.seed}")
     else:
-        table.add_row("method", "round to nearest" + (", MSE grids" if q.mse else ""))
+        table.add_row("method", "round to nearest" + (", MSE grids" if q.clips else ""))
     ratio = plan.bytes_before / plan.bytes_after if plan.bytes_after else 0.0
     table.add_row(
         "weights",

@@ -13,6 +13,7 @@ from gptq_compile.errors import ConfigError
 BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "rtn")
 SEQUENTIAL = ("true", "block")
+TOKEN_WEIGHTINGS = ("attention", "none")
 
 
 def _is_int(value: object) -> bool:
@@ -36,13 +37,16 @@ class QuantizeConfig:
             run-time permutation.
         damp: Added to the Hessian's diagonal, as a fraction of its mean (paper section 3.3: 0.01).
         block_size: Columns between two lazy updates of the remaining weights (paper section 3.3: 128).
-        mse: Search clipped ranges for the smallest weighted squared error instead of taking min and max.
+        mse: Search clipped ranges for the smallest weighted squared error instead of taking min and max. By default
+            GPTQ does and round to nearest, the plain baseline, does not.
         sequential: "true" re-runs the model after each solve point; "block" after each transformer block.
         nsamples: Calibration sequences.
         seqlen: Tokens of one calibration sequence.
         seed: Seed of the calibration sampling.
         quantize_lm_head: Quantize the output projection too.
-        token_weighting: Name of the scheme that weights calibration tokens in the Hessian; "none" is equal weights.
+        token_weighting: How calibration tokens are weighted in the Hessian: "attention" (by the attention they receive,
+            see `passes/gptq/importance.py`) or "none" (equally, as the paper does).
+        token_strength: Weight of received attention against a token's own prediction.
     """
 
     wbits: int = 4
@@ -53,13 +57,14 @@ class QuantizeConfig:
     static_groups: bool = True
     damp: float = 0.01
     block_size: int = 128
-    mse: bool = False
+    mse: bool | None = None
     sequential: str = "true"
     nsamples: int = 128
     seqlen: int = 2048
     seed: int = 0
     quantize_lm_head: bool = False
-    token_weighting: str = "none"
+    token_weighting: str = "attention"
+    token_strength: float = 0.03
 
     def __post_init__(self) -> None:
         if not _is_int(self.wbits) or self.wbits not in BITS:
@@ -73,7 +78,9 @@ class QuantizeConfig:
             raise ConfigError(f"method is {self.method!r}; use one of {', '.join(METHODS)}.")
         if self.sequential not in SEQUENTIAL:
             raise ConfigError(f"sequential is {self.sequential!r}; use one of {', '.join(SEQUENTIAL)}.")
-        for name in ("sym", "act_order", "static_groups", "mse", "quantize_lm_head"):
+        if self.mse is not None and not isinstance(self.mse, bool):
+            raise ConfigError(f"mse is {self.mse!r}; it is a switch, true or false, or None for the method's default.")
+        for name in ("sym", "act_order", "static_groups", "quantize_lm_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it is a switch, true or false.")
         if isinstance(self.damp, bool) or not isinstance(self.damp, int | float):
@@ -85,8 +92,17 @@ class QuantizeConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use a whole number of at least 1.")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed is {self.seed!r}; use a whole number of at least 0.")
-        if not isinstance(self.token_weighting, str) or not self.token_weighting:
-            raise ConfigError(f'token_weighting is {self.token_weighting!r}; name a scheme, or "none".')
+        if self.token_weighting not in TOKEN_WEIGHTINGS:
+            raise ConfigError(f"token_weighting is {self.token_weighting!r}; use one of {', '.join(TOKEN_WEIGHTINGS)}.")
+        if isinstance(self.token_strength, bool) or not isinstance(self.token_strength, int | float):
+            raise ConfigError(f"token_strength is {self.token_strength!r}; use a number of at least 0.")
+        if not (math.isfinite(self.token_strength) and self.token_strength >= 0):
+            raise ConfigError(f"token_strength is {self.token_strength!r}; it must be finite and at least 0.")
+
+    @property
+    def clips(self) -> bool:
+        """Whether grids are searched (`mse` with the method's default filled in)."""
+        return self.method == "gptq" if self.mse is None else self.mse
 
     @property
     def max_code(self) -> int:

@@ -131,8 +131,8 @@ def _rounded(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
     assert factor.hessian is not None
     size = config.group_for(w.shape[1])
     alive = _alive(factor)
-    importance = factor.hessian.diagonal() if config.mse else None
-    grid = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.mse, importance)
+    importance = factor.hessian.diagonal() if config.clips else None
+    grid = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.clips, importance)
     stats = no_errors("rtn", None, 0.0)
     return Solution(grid.quantize(w), grid.scales, grid.zeros, None, config.wbits, size, stats)
 
@@ -152,7 +152,7 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
     n, k = w.shape
     size, count = config.group_for(k), config.groups_in(k)
     order, upper = factor.order, factor.upper
-    importance = factor.hessian.diagonal() if config.mse else None
+    importance = factor.hessian.diagonal() if config.clips else None
     alive = _alive(factor)
     if config.static_groups:
         scales = rounded.scales.t().contiguous()
@@ -184,7 +184,7 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
                 part = slice(a, min(a + size, k))
                 group = _mask(work[part].t(), None if alive is None else alive[part], size)
                 chosen = None if importance is None else importance[part].unsqueeze(0)
-                s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.mse, chosen)
+                s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.clips, chosen)
                 scales[g], zeros[g] = s.squeeze(1), z.squeeze(1)
             picked = groups[a:b]
             codes[a:b] = quantize_panel(

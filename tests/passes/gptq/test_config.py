@@ -34,6 +34,8 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
         ({"sym": 1}, "sym is 1"),
         ({"act_order": None}, "act_order is None"),
         ({"token_weighting": ""}, "token_weighting is ''"),
+        ({"token_weighting": "gradient"}, "use one of attention, none"),
+        ({"token_strength": -1}, "token_strength is -1"),
         ({"bits": 4}, "Unknown quantization settings bits"),
     ],
 )

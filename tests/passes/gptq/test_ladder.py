@@ -12,7 +12,7 @@ from gptq_compile.passes.gptq.factor import factorize
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.gptq.solver import solve
 
-CONFIG = QuantizeConfig(group_size=16, act_order=False, static_groups=False)
+CONFIG = QuantizeConfig(mse=False, group_size=16, act_order=False, static_groups=False)
 
 
 def gram(k: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_dead_columns_keep_rounded_weights_and_do_not_widen_grids(order: bool, s
     h[:, dead] = 0
     w = weights(8, 48)
     w[:, 3] = 5.0  # an outlier nobody multiplies with
-    config = QuantizeConfig(group_size=16, act_order=order, static_groups=static)
+    config = QuantizeConfig(mse=False, group_size=16, act_order=order, static_groups=static)
     solution = solve(w, h, config)
     assert solution.stats.dead_columns == len(dead)
     assert solution.stats.reason is not None
@@ -141,7 +141,7 @@ def test_dead_columns_do_not_disturb_the_others() -> None:
     for dead in (5, 40):
         h[dead] = 0
         h[:, dead] = 0
-    config = QuantizeConfig(group_size=-1, act_order=False, static_groups=False)
+    config = QuantizeConfig(mse=False, group_size=-1, act_order=False, static_groups=False)
     w = weights(8, 48)
     w[:, [5, 40]] = 0.0
     full = solve(w, h, config)
@@ -154,7 +154,7 @@ def test_rows_where_rounding_is_better_keep_it() -> None:
     kept = 0
     for seed in range(6):
         w, h = weights(64, 8, seed), gram(8, 100, seed)
-        config = QuantizeConfig(wbits=2, group_size=-1, act_order=False, static_groups=False)
+        config = QuantizeConfig(mse=False, wbits=2, group_size=-1, act_order=False, static_groups=False)
         solution, rounded = solve(w, h, config), rtn(w, config)
         assert solution.row_errors is not None
         rows = solution.row_errors.from_rtn
@@ -171,7 +171,7 @@ def test_rows_where_rounding_is_better_keep_it() -> None:
 
 
 def test_whole_linear_falls_back_when_groups_are_permuted() -> None:
-    config = QuantizeConfig(wbits=2, group_size=4, act_order=True, static_groups=False)
+    config = QuantizeConfig(mse=False, wbits=2, group_size=4, act_order=True, static_groups=False)
     methods = set()
     for seed in range(40):
         w, h = weights(1, 8, seed), gram(8, 100, seed)
@@ -186,7 +186,7 @@ def test_whole_linear_falls_back_when_groups_are_permuted() -> None:
 
 def test_method_rtn_is_measured_on_the_hessian() -> None:
     w, h = weights(8, 32), gram(32, 200)
-    config = QuantizeConfig(method="rtn", group_size=16)
+    config = QuantizeConfig(mse=False, method="rtn", group_size=16)
     solution = solve(w, h, config)
     assert torch.equal(solution.codes, rtn(w, config).codes)
     assert solution.stats.method == "rtn"

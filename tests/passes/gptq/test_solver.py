@@ -19,7 +19,7 @@ from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.solver import prepare, solve
 from tests.passes.gptq import reference
 
-PLAIN = QuantizeConfig(group_size=-1, act_order=False, static_groups=False)
+PLAIN = QuantizeConfig(mse=False, group_size=-1, act_order=False, static_groups=False)
 
 
 def spectrum(k: int, condition: float, seed: int, rank: int | None = None) -> torch.Tensor:
@@ -86,7 +86,9 @@ def compare(w: torch.Tensor, h: torch.Tensor, config: QuantizeConfig, same_codes
     ],
 )
 def test_codes_equal_the_reference(bits: int, sym: bool, group: int, order: bool, static: bool) -> None:
-    config = QuantizeConfig(wbits=bits, sym=sym, group_size=group, act_order=order, static_groups=static, block_size=32)
+    config = QuantizeConfig(
+        mse=False, wbits=bits, sym=sym, group_size=group, act_order=order, static_groups=static, block_size=32
+    )
     compare(weights(24, 96, 1), spectrum(96, 100, 2), config)
 
 
@@ -103,7 +105,7 @@ def test_codes_equal_the_reference(bits: int, sym: bool, group: int, order: bool
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hard_hessians(h: torch.Tensor, order: bool, dtype: torch.dtype) -> None:
-    config = QuantizeConfig(group_size=16, act_order=order, static_groups=False)
+    config = QuantizeConfig(mse=False, group_size=16, act_order=order, static_groups=False)
     h = h.to(dtype)
     compare(weights(96, 64, 7), h, config, same_codes=False)
     assert solve(weights(4, 64, 7), h, config).stats.reason in (None, "ill-conditioned: factored in float64")
@@ -131,7 +133,7 @@ def test_groups_of_one_column_fitted_in_the_loop() -> None:
 @pytest.mark.parametrize(("order", "static"), [(False, False), (True, False), (True, True)])
 def test_blocked_equals_unblocked(group: int, order: bool, static: bool) -> None:
     w, h = weights(12, 72, 8), spectrum(72, 50, 9)
-    config = QuantizeConfig(group_size=group, act_order=order, static_groups=static, block_size=72)
+    config = QuantizeConfig(mse=False, group_size=group, act_order=order, static_groups=static, block_size=72)
     whole = solve(w, h, config)
     for block in (1, 13, 24, 1000):
         blocked = solve(w, h, replace(config, block_size=block))
@@ -191,7 +193,7 @@ def test_any_shape(
 
 def test_static_groups_need_no_index_and_act_order_does() -> None:
     w, h = weights(8, 64, 12), spectrum(64, 100, 13)
-    base = QuantizeConfig(group_size=16)
+    base = QuantizeConfig(mse=False, group_size=16)
     static = solve(w, h, replace(base, static_groups=True))
     plain = solve(w, h, replace(base, static_groups=False))
     row = solve(w, h, replace(base, static_groups=False, group_size=-1))
@@ -207,7 +209,7 @@ def test_static_groups_need_no_index_and_act_order_does() -> None:
 def test_gptq_beats_rounding_on_correlated_inputs() -> None:
     w, h = weights(64, 96, 14), spectrum(96, 1000, 15)
     for bits, order in itertools.product((2, 3, 4), (False, True)):
-        stats = solve(w, h, QuantizeConfig(wbits=bits, group_size=32, act_order=order)).stats
+        stats = solve(w, h, QuantizeConfig(mse=False, wbits=bits, group_size=32, act_order=order)).stats
         assert stats.objective < 0.6 * stats.objective_rtn
         assert stats.relative_error == pytest.approx(
             stats.objective / reference.objective(w.numpy(), np.zeros_like(w.numpy()), h.numpy()), rel=1e-4
@@ -216,7 +218,7 @@ def test_gptq_beats_rounding_on_correlated_inputs() -> None:
 
 def test_mse_grids_lower_the_objective_at_low_bits() -> None:
     w, h = weights(64, 96, 16), spectrum(96, 100, 17)
-    config = QuantizeConfig(wbits=2, group_size=32)
+    config = QuantizeConfig(mse=False, wbits=2, group_size=32)
     assert solve(w, h, replace(config, mse=True)).stats.objective < 0.95 * solve(w, h, config).stats.objective
 
 
@@ -241,7 +243,7 @@ def test_stacked_equals_separate() -> None:
     h = Hessian(48)
     h.add(torch.randn(200, 48, generator=torch.Generator().manual_seed(0)))
     for order, static in ((True, True), (False, False)):
-        config = QuantizeConfig(group_size=16, act_order=order, static_groups=static)
+        config = QuantizeConfig(mse=False, group_size=16, act_order=order, static_groups=static)
         stacked = solve(torch.cat(parts), prepare(h, config), config).split([5, 9, 2])
         for part, got in zip(parts, stacked, strict=True):
             alone = solve(part, h, config)
@@ -274,7 +276,7 @@ def test_half_weights_and_input_untouched() -> None:
 def test_extreme_weights_stay_finite(magnitude: float) -> None:
     w, h = weights(8, 32, 20).sign() * magnitude, spectrum(32, 100, 21)
     for static in (False, True):
-        solution = solve(w, h, QuantizeConfig(group_size=8, act_order=False, static_groups=static))
+        solution = solve(w, h, QuantizeConfig(mse=False, group_size=8, act_order=False, static_groups=static))
         assert torch.isfinite(solution.weight).all()
         assert torch.isfinite(solution.scales).all()
         assert int(solution.codes.max()) <= 15
@@ -283,10 +285,10 @@ def test_extreme_weights_stay_finite(magnitude: float) -> None:
 def test_bad_inputs_are_named() -> None:
     h = torch.eye(32)
     with pytest.raises(ConfigError, match=r"model\.q.*32 input features but group_size is 64"):
-        solve(weights(4, 32, 0), h, QuantizeConfig(group_size=64), name="model.q")
+        solve(weights(4, 32, 0), h, QuantizeConfig(mse=False, group_size=64), name="model.q")
     with pytest.raises(ConfigError, match=r"model\.q.*Hessian has 32"):
-        solve(weights(4, 48, 0), h, QuantizeConfig(group_size=16), name="model.q")
+        solve(weights(4, 48, 0), h, QuantizeConfig(mse=False, group_size=16), name="model.q")
     w = weights(4, 32, 0)
     w[2, 5] = float("nan")
     with pytest.raises(ModelError, match=r"model\.q.*row 2, column 5"):
-        solve(w, h, QuantizeConfig(group_size=16), name="model.q")
+        solve(w, h, QuantizeConfig(mse=False, group_size=16), name="model.q")
