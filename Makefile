@@ -4,10 +4,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PINS := requirements/constraints.txt
 
-MODEL := demo/model.gguf
+MODEL := demo/SmolLM2-135M-Instruct.gguf
 ARTIFACT := demo/smollm2-135m-w4
 SOURCES := $(shell find gptq_compile passes kernels runtime -name '*.py')
 PROMPT ?= What is a compiler? Answer in two sentences.

@@ -48,61 +48,63 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 
 def _print(found: Inspection, shown: int, verified: bool) -> None:
-    from rich import box
-    from rich.table import Table
-
     m, raw = found.manifest, found.manifest.raw
-    about = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    about.add_column(style="dim", no_wrap=True)
-    about.add_column(overflow="fold")
     model = raw["model"]
-    about.add_row("model", f"{m.name} ({model.get('model_type', '?')}) from {model.get('source', '?')}")
-    about.add_row("target", f"{m.target_kind}: {', '.join(m.archs)}; activations {m.dtype}")
-    about.add_row("quantization", _settings(raw.get("quantization", {})))
-    about.add_row(
-        "context", f"{m.context_length} tokens, vocabulary {m.vocab_size}, chat template: {'yes' if m.chat else 'no'}"
-    )
-    about.add_row("KV cache", f"{size(found.cache_bytes_per_token)} a token ({m.cache_dtype}, pages of {m.page_size})")
-    about.add_row("decode batches", ", ".join(map(str, sorted(m.decode))))
-    about.add_row("size", f"{size(found.size)}: " + ", ".join(f"{k} {size(v)}" for k, v in found.sizes.items()))
-    about.add_row("weights", ", ".join(f"{n} {k} ({size(b)})" for k, (n, b) in found.dtypes.items()))
-    about.add_row("made by", ", ".join(f"{k} {v}" for k, v in raw.get("versions", {}).items() if v))
-    about.add_row("files", f"{len(m.files)}, all there" + (", every sha256 as written" if verified else ""))
-    show(about)
+    chat = "yes" if m.chat else "no"
+    about = {
+        "model": f"{m.name} ({model.get('model_type', '?')}) from {model.get('source', '?')}",
+        "target": f"{m.target_kind}: {', '.join(m.archs)}; activations {m.dtype}",
+        "quantization": _settings(raw.get("quantization", {})),
+        "context": f"{m.context_length} tokens, vocabulary {m.vocab_size}, chat template: {chat}",
+        "KV cache": f"{size(found.cache_bytes_per_token)} a token ({m.cache_dtype}, pages of {m.page_size})",
+        "decode batches": ", ".join(map(str, sorted(m.decode))),
+        "size": f"{size(found.size)}: " + ", ".join(f"{k} {size(v)}" for k, v in found.sizes.items()),
+        "weights": ", ".join(f"{n} {k} ({size(b)})" for k, (n, b) in found.dtypes.items()),
+        "made by": ", ".join(f"{k} {v}" for k, v in raw.get("versions", {}).items() if v),
+        "files": f"{len(m.files)}, all there" + (", every sha256 as written" if verified else ""),
+    }
+    _table("", (), list(about.items()))
     _print_layers(found, shown)
     if found.kernels:
-        kernels = Table(title="kernels", title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
-        for heading in ("kernel", "cases", "first case"):
-            kernels.add_column(heading, overflow="fold")
-        for name, cases in sorted(found.kernels.items()):
-            kernels.add_row(name, str(len(cases)), cases[0])
-        show(kernels)
+        rows = [(name, str(len(cases)), cases[0]) for name, cases in sorted(found.kernels.items())]
+        _table("kernels", ("kernel", "cases", "first case"), rows)
 
 
 def _print_layers(found: Inspection, shown: int) -> None:
-    from rich import box
-    from rich.table import Table
-
-    measured = [x for x in found.layers if x.error is not None]
+    measured = [(x.error, x) for x in found.layers if x.error is not None]
     if not measured:
         print(f"{len(found.layers)} linears, rounded without measuring an error.\n")
         return
-    mean = sum(x.error or 0.0 for x in measured) / len(measured)
-    with_rtn = [x for x in measured if x.error_rtn is not None]
-    rounding = sum(x.error_rtn or 0.0 for x in with_rtn) / max(1, len(with_rtn))
-    worst = sorted(measured, key=lambda x: -(x.error or 0.0))
+    mean = sum(error for error, _ in measured) / len(measured)
+    baseline = [x.error_rtn for _, x in measured if x.error_rtn is not None]
+    rounding = sum(baseline) / max(1, len(baseline))
+    worst = sorted(measured, key=lambda pair: -pair[0])
     worst = worst[:shown] if shown > 0 else worst
-    table = Table(
-        title=f"{len(worst)} worst of {len(found.layers)} linears; mean error {mean:.3g}, of rounding {rounding:.3g}",
-        title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False,
-    )  # fmt: skip
-    for heading in ("linear", "shape", "bits", "group", "method", "error", "rounding", "damp", "note"):
-        table.add_column(heading, overflow="fold")
-    for x in worst:
-        table.add_row(
-            x.name, "x".join(map(str, x.shape)), str(x.bits), str(x.group_size), x.method, f"{x.error:.3g}",
+    rows = [
+        (
+            x.name, "x".join(map(str, x.shape)), str(x.bits), str(x.group_size), x.method, f"{error:.3g}",
             "" if x.error_rtn is None else f"{x.error_rtn:.3g}", "" if x.damp is None else f"{x.damp:g}", x.note or "",
-        )  # fmt: skip
+        )
+        for error, x in worst
+    ]  # fmt: skip
+    title = f"{len(worst)} worst of {len(found.layers)} linears; mean error {mean:.3g}, of rounding {rounding:.3g}"
+    _table(title, ("linear", "shape", "bits", "group", "method", "error", "rounding", "damp", "note"), rows)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False,
+        show_header=bool(headings),
+    )  # fmt: skip
+    for heading in headings or ("", ""):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        # Text, because names and notes may hold brackets, which rich would take for markup.
+        table.add_row(*(Text(cell) for cell in row))
     show(table)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from gptq_compile.cli.output import duration, size
 
@@ -26,15 +27,16 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
     """What will be done, as two columns."""
     q = options.quantize
     table = _two_columns("plan")
-    table.add_row(
-        "model", f"{plan.name} ({plan.model_type}), {_count(plan.parameters)} parameters, context {plan.context_length}"
+    _row(
+        table,
+        "model",
+        f"{plan.name} ({plan.model_type}), {_count(plan.parameters)} parameters, context {plan.context_length}",
     )
     batches = ", ".join(map(str, options.batch_buckets))
-    table.add_row(
-        "target", f"{options.resolved_target}, activations {options.resolved_dtype}, decode batches {batches}"
-    )
+    _row(table, "target", f"{options.resolved_target}, activations {options.resolved_dtype}, decode batches {batches}")
     share = plan.quantized_parameters / plan.parameters if plan.parameters else 0.0
-    table.add_row(
+    _row(
+        table,
         "quantize",
         f"{plan.linears} linears, {_count(plan.quantized_parameters)} weights ({share:.0%}): {_grid(options)}",
     )
@@ -43,24 +45,23 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
         order += ["static groups"] if q.act_order and q.static_groups else []
         order += ["MSE grids"] if q.clips else []
         order += [f"token weighting by {q.token_weighting}"] if q.token_weighting != "none" else []
-        table.add_row("method", f"GPTQ, {', '.join(order)}, damp {q.damp:g}, sequential {q.sequential}")
+        _row(table, "method", f"GPTQ, {', '.join(order)}, damp {q.damp:g}, sequential {q.sequential}")
         tokens = min(q.seqlen, plan.context_length)
         source = "text the model generates" if options.calibration == "self" else options.calibration
-        table.add_row("calibration", f"{q.nsamples} x {tokens} tokens, {source}, seed {q.seed}")
+        _row(table, "calibration", f"{q.nsamples} x {tokens} tokens, {source}, seed {q.seed}")
     else:
-        table.add_row("method", "round to nearest" + (", MSE grids" if q.clips else ""))
+        _row(table, "method", "round to nearest" + (", MSE grids" if q.clips else ""))
     ratio = plan.bytes_before / plan.bytes_after if plan.bytes_after else 0.0
-    table.add_row(
+    _row(
+        table,
         "weights",
         f"{size(plan.bytes_before)} in float16 -> {size(plan.bytes_after)} ({ratio:.2f}x smaller; "
         f"{plan.bits_per_weight:.2f} bits a quantized weight)",
     )
-    table.add_row("memory", f"about {size(plan.memory)} to quantize; this machine has {_memory()}")
-    table.add_row(
-        "disk", f"about {size(disk_needed(plan, options))} into {options.out}; {size(disk_free(options))} free"
-    )
+    _row(table, "memory", f"about {size(plan.memory)} to quantize; this machine has {_memory()}")
+    _row(table, "disk", f"about {size(disk_needed(plan, options))} into {options.out}; {size(disk_free(options))} free")
     if options.dequantized is not None:
-        table.add_row("also", f"{size(4 * plan.parameters)} of dequantized weights into {options.dequantized}")
+        _row(table, "also", f"{size(4 * plan.parameters)} of dequantized weights into {options.dequantized}")
     return table
 
 
@@ -70,21 +71,21 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
 
     table = _two_columns("result")
     for name, seconds in result.seconds.items():
-        table.add_row(STAGES.get(name, name), duration(seconds))
-    table.add_row("all together", duration(sum(result.seconds.values())), end_section=True)
+        _row(table, STAGES.get(name, name), duration(seconds))
+    _row(table, "all together", duration(sum(result.seconds.values())), end_section=True)
     if errors := mean_errors(result.reports):
         error, rtn = errors
         change = f", {abs(1 - error / rtn):.0%} {'less' if error <= rtn else 'MORE'}" if rtn else ""
-        table.add_row("mean layer error", f"{error:.3g} against {rtn:.3g} of rounding{change}")
+        _row(table, "mean layer error", f"{error:.3g} against {rtn:.3g} of rounding{change}")
     q = options.quantize
     if fallen := [r for r in result.reports if r.method != q.method]:
-        table.add_row(
-            "not by GPTQ", f"{len(fallen)} linears, first {fallen[0].name}: {fallen[0].note or fallen[0].method}"
+        _row(
+            table, "not by GPTQ", f"{len(fallen)} linears, first {fallen[0].name}: {fallen[0].note or fallen[0].method}"
         )
     if damped := [r for r in result.reports if r.damp > 1.001 * q.damp]:
-        table.add_row("damped more", f"{len(damped)} linears, first {damped[0].name}: {damped[0].damp:g}")
+        _row(table, "damped more", f"{len(damped)} linears, first {damped[0].name}: {damped[0].damp:g}")
     if result.out is not None:
-        table.add_row("artifact", f"{size(result.size)} in {result.out}")
+        _row(table, "artifact", f"{size(result.size)} in {result.out}")
     return table
 
 
@@ -128,6 +129,11 @@ def disk_free(options: CompileOptions) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def _row(table: Table, name: str, words: str, end_section: bool = False) -> None:
+    """Adds a row of plain text: names and notes may hold brackets, which rich would take for markup."""
+    table.add_row(Text(name), Text(words), end_section=end_section)
 
 
 def _two_columns(title: str) -> Table:
