@@ -271,4 +271,4 @@ def _errors(report: LinearReport) -> str:
     if not summary.measured(report.error) or not summary.measured(report.error_rtn):
         return f"{report.bits} bits, rounded"
     text = f"error {report.error:.2g} (rounding {report.error_rtn:.2g}), damp {report.damp:g}"
-    return f"{text}, {report.note}" if report.note else text
+    return f"{text}, {report.note}" if report.note and report.method == "rtn" else text
