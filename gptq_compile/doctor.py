@@ -158,7 +158,8 @@ def _gpu() -> Iterator[Finding]:
     """The driver and the GPUs, asked through the driver API so that neither torch nor CUDA's toolkit is needed."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        cuda.cuInit  # noqa: B018  the compiler's stub, if this process has loaded it, lacks this symbol
+    except (OSError, AttributeError):
         mend = "Nothing to mend to compile, or to run on the CPU. To run on a GPU, install NVIDIA's driver."
         yield Finding("GPU driver", "warning", "libcuda.so.1 was not found", mend)
         return
