@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch import Tensor, fx
 
 from gptq_compile.errors import ConfigError, ModelError, PassError
@@ -117,7 +118,7 @@ class _Lowering:
             return
         for cache in node.args[3:5]:
             if cache.op == "placeholder" and dtype(cache) != self.half:
-                with self.program.fake_mode:
+                with self.program.fake_mode, enable_python_dispatcher():
                     cache.meta["val"] = torch.empty(cache.meta["val"].shape, dtype=self.half, device="meta")
                 self.changed.add(cache)
 
@@ -147,7 +148,7 @@ class _Lowering:
         """Computes the fake value of a node anew."""
         values = lambda a: fx.node.map_arg(a, lambda n: n.meta["val"])  # noqa: E731
         try:
-            with self.program.fake_mode:
+            with self.program.fake_mode, enable_python_dispatcher():
                 if is_call(node, aten.baddbmm.default):  # its shape function fails on symbolic sizes
                     node.meta["val"] = node.meta["val"].to(policy)
                 else:
