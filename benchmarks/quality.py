@@ -11,10 +11,13 @@ perplexity is exp(mean negative log-likelihood). Runs the traced program's refer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ import torch
 from gptq_compile.frontend.source import load_source
 from gptq_compile.frontend.trace import trace
 from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq.solution import RowErrors
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.interpret import Interpreter
 from gptq_compile.passes.manager import PassManager
@@ -61,6 +65,28 @@ def perplexity(program: Program, windows: torch.Tensor, device: str) -> float:
         total += float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").double())
         count += n - 1
     return float(np.exp(total / count))
+
+
+@contextlib.contextmanager
+def as_reference(scales: str, rounded_rows: bool) -> Iterator[None]:
+    """Undoes, for comparison with the paper's code, two things that it does not do.
+
+    Args:
+        scales: ``up`` (float16, rounded up: ours), ``nearest`` (float16) or ``exact`` (float32, as the reference).
+        rounded_rows: keep round-to-nearest codes in rows where they are better (ours).
+    """
+    from gptq_compile.passes.gptq import grid, solver
+
+    rounding = {"up": grid.to_fp16_up, "nearest": grid.to_fp16_nearest, "exact": lambda s: s.clamp(min=1e-12)}[scales]
+    keep = solver._keep_better
+    if not rounded_rows:
+
+        def keep(solution: Any, error: Any, baseline: Any, error_rtn: Any, energy: Any) -> Any:
+            none = torch.zeros_like(energy, dtype=torch.bool)
+            return solution, RowErrors(error, error_rtn, energy, none), None
+
+    with mock.patch.object(grid, "to_fp16_up", rounding), mock.patch.object(solver, "_keep_better", keep):
+        yield
 
 
 def parse_setting(pairs: list[str]) -> dict[str, Any]:
@@ -110,14 +136,15 @@ def main() -> None:
     for setting in settings:
         program = base.clone()
         start = time.perf_counter()
-        step = GptqQuantize(QuantizeConfig(**setting), calibration, args.device)
-        step.run(program)
+        options = {k: v for k, v in setting.items() if k not in ("scales", "rounded_rows")}
+        step = GptqQuantize(QuantizeConfig(**options), calibration, args.device)
+        with as_reference(setting.get("scales", "up"), setting.get("rounded_rows", True)):
+            step.run(program)
         seconds = time.perf_counter() - start
         solve = sum(r.seconds for r in step.reports)
         ppl = perplexity(program, windows, args.device)
         line = {
             **setting,
-            "strength": strength,
             "ppl": round(ppl, 3),
             "seconds": round(seconds, 1),
             "solve": round(solve, 1),
