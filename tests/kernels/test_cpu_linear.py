@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from gptq_compile.kernels.cpu.linear import KERNELS
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from gptq_compile.kernels.cpu.quant_linear import KERNELS
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case, select

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gptq_compile.kernels.layouts import layout_for
-from gptq_compile.kernels.registry import Case
-from gptq_compile.kernels.target import Target
-from gptq_compile.kernels.words import Grouping, block_codes, block_words, decode, encode, fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_compile.errors import ConfigError
+from gptq_compile.kernels.layouts import layout_for
+from gptq_compile.kernels.registry import Case
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.words import Grouping, block_codes, block_words, decode, encode, fields
 
 TARGETS = (Target.parse("cpu"), Target.parse("cuda"))
 BITS = (2, 3, 4, 8)

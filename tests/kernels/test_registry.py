@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from gptq_compile.kernels.registry import Case, Kernel, Refusal, select
-from gptq_compile.kernels.target import Target
 
 from gptq_compile.errors import NoKernelError
+from gptq_compile.kernels.registry import Case, Kernel, Refusal, select
+from gptq_compile.kernels.target import Target
 
 CPU = Target.parse("cpu")
 
