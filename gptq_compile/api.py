@@ -126,8 +126,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     progress = progress or Silent()
     clock = _Clock(progress)
     target, dtype = options.resolved_target, options.resolved_dtype
-    writer = ArtifactWriter(options.out, overwrite=options.overwrite)
-    writer.check()
+    ArtifactWriter(options.out, overwrite=options.overwrite).check()
     with clock("open"):
         source = load_source(
             options.model,
@@ -135,10 +134,17 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
             offline=options.offline,
             trust_remote_code=options.trust_remote_code,
         )
+    from_text = options.quantize.method == "gptq" and options.calibration != SELF
+    calibration = None
+    if from_text:  # a bad file is found before anything slow
+        with clock("calibrate"):
+            calibration = torch.from_numpy(_calibration(source, options, progress))
     with clock("trace"):
         program = trace(source.config, source.params, name=source.name, source=source.source)
     plan = _plan(program, source, options)
     progress.plan(plan)
+    writer = ArtifactWriter(options.out, overwrite=options.overwrite, disk_needed=plan.bytes_after)
+    writer.check()
     if dry_run:
         return CompileResult(None, plan, clock.seconds)
     manager = _Manager(options, source.parameter_count <= _VALIDATE_PARAMETERS)
@@ -146,10 +152,9 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     try:
         with clock("raise"):
             manager.run(trace_passes(), program)
-        calibration = None
-        if options.quantize.method == "gptq":
+        if options.quantize.method == "gptq" and not from_text:
             with clock("calibrate"):
-                calibration = torch.from_numpy(_calibration(source, options))
+                calibration = torch.from_numpy(_calibration(source, options, progress))
         with clock("quantize"):
             quantize = GptqQuantize(options.quantize, calibration, options.resolved_device, on_linear=progress.linear)
             manager.run([quantize], program)
@@ -268,13 +273,15 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
     )
 
 
-def _calibration(source: ModelSource, options: CompileOptions) -> Any:
+def _calibration(source: ModelSource, options: CompileOptions, progress: Progress) -> Any:
     from gptq_compile.self_text import generator
 
     config = options.quantize
     seqlen = min(config.seqlen, source.context_length)
     settings = CalibrationConfig(nsamples=config.nsamples, seqlen=seqlen, seed=config.seed)
-    generate = generator(source, options.resolved_device) if options.calibration == SELF else None
+    generate = None
+    if options.calibration == SELF:
+        generate = generator(source, options.resolved_device, config.nsamples * seqlen, progress.note)
     return load_calibration(
         options.calibration, source.tokenizer, settings, vocab_size=source.vocab_size, generate=generate
     )

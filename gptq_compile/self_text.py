@@ -4,39 +4,63 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gptq_compile.calibration import Generate
-from gptq_compile.errors import CalibrationError
+from gptq_compile.errors import CalibrationError, ModelError
 from gptq_compile.frontend.source import ModelSource
 
 log = logging.getLogger(__name__)
 
+_NOTE_EVERY = 128  # steps
 
-def generator(source: ModelSource, device: str) -> Generate:
+
+def generator(source: ModelSource, device: str, total: int, note: Callable[[str], None]) -> Generate:
     """A sampler over the source model; the model is built when it is first called and freed with the sampler.
+
+    Args:
+        source: the model. ``device``: where it runs.
+        total: tokens that will be asked for in all calls together.
+        note: told now and then how far it is.
 
     Raises:
         CalibrationError: (when called) if the whole model does not fit into memory.
     """
     model: torch.nn.Module | None = None
+    made = 0
 
     def generate(prompts: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-        nonlocal model
+        nonlocal model, made
         if model is None:
             model = _materialize(source, device)
-        return _sample(model, torch.from_numpy(prompts).to(device), count, seed).cpu().numpy()
+        begin, start = made, time.monotonic()
+
+        def tell(step: int) -> None:
+            nonlocal made
+            made = begin + len(prompts) * step
+            if step % _NOTE_EVERY == 0 or step == count:
+                left = (time.monotonic() - start) / (made - begin) * (total - made)
+                note(f"wrote {made} of {total} calibration tokens, about {left:.0f} s left")
+
+        return _sample(model, torch.from_numpy(prompts).to(device), count, seed, tell).cpu().numpy()
 
     return generate
 
 
 def _materialize(source: ModelSource, device: str) -> torch.nn.Module:
+    from gptq_compile.frontend import hooks
     from gptq_compile.frontend.trace import build_model
 
-    model = build_model(source.config, "sdpa" if _supports_sdpa(source) else "eager")
+    with hooks.installed():
+        try:
+            model = build_model(source.config, "sdpa")
+        except ModelError:  # the architecture only has its own attention
+            model = build_model(source.config, "eager")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         for name, _ in list(model.named_parameters()):
@@ -54,26 +78,18 @@ def _materialize(source: ModelSource, device: str) -> torch.nn.Module:
     return model.eval()
 
 
-def _supports_sdpa(source: ModelSource) -> bool:
-    from gptq_compile.frontend.trace import build_model
-
-    try:
-        build_model(source.config, "sdpa")
-    except Exception as e:
-        log.debug("no sdpa: %s", e)
-        return False
-    return True
-
-
 @torch.no_grad()
-def _sample(model: torch.nn.Module, prompts: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Samples at temperature 1 from the whole distribution; int64 ``[b, count]``."""
+def _sample(
+    model: torch.nn.Module, prompts: torch.Tensor, count: int, seed: int, tell: Callable[[int], None]
+) -> torch.Tensor:
+    """Samples at temperature 1 from the whole distribution; int64 ``[b, count]``; tells the step it finished."""
     rng = torch.Generator(prompts.device).manual_seed(seed)
     step, cache, made = prompts, None, []
-    for _ in range(count):
+    for index in range(count):
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         probs = torch.softmax(out.logits[:, -1].float(), dim=-1)
         step = torch.multinomial(probs, 1, generator=rng)
         made.append(step)
+        tell(index + 1)
     return torch.cat(made, dim=1)

@@ -28,6 +28,7 @@ examples:
 
 _QUANTIZE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(QuantizeConfig)}
 _COMPILE: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(CompileOptions)}
+_SELF_ON_CPU = {"nsamples": 16, "seqlen": 512}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,11 +63,23 @@ def to_options(arguments: argparse.Namespace) -> CompileOptions:
     Raises:
         ConfigError: a setting is out of its range.
     """
-    given = vars(arguments)
+    given = _with_defaults(vars(arguments))
     quantize = QuantizeConfig(**{k: v for k, v in given.items() if k in _QUANTIZE})
     rest = {k: v for k, v in given.items() if k in _COMPILE and k != "out"}
     out = given.get("out") or _default_out(arguments.model, rest.get("target", _COMPILE["target"]), quantize.wbits)
     return CompileOptions(out=Path(out).expanduser(), quantize=quantize, **rest)
+
+
+def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Fills in how much text a model writes for itself on a CPU, where the usual 128 x 2048 tokens would take hours."""
+    if given.get("calibration", _COMPILE["calibration"]) != "self" or given.get("method") == "rtn":
+        return given
+    if {"nsamples", "seqlen"} & set(given):
+        return given
+    import torch
+
+    on_gpu = given.get("device", "cuda" if torch.cuda.is_available() else "cpu") != "cpu"
+    return given if on_gpu else {**given, **_SELF_ON_CPU}
 
 
 def _default_out(model: str, target: str, wbits: int) -> str:
@@ -130,7 +143,7 @@ def _quantization(group: argparse._ArgumentGroup) -> None:
     _switch(group, "sym", "symmetric grid without zero points", off=("--asym",))
     _switch(group, "act_order", "columns by decreasing activation energy", more=("--desc-act",))
     _switch(group, "static_groups", "grids fitted before the column loop, so that act-order costs nothing at run time")
-    _switch(group, "mse", "clip ranges by squared error instead of min and max")
+    _switch(group, "mse", "clip ranges by squared error instead of min and max (default: with gptq)")
     group.add_argument(
         "--damp",
         "--percdamp",
@@ -150,6 +163,12 @@ def _quantization(group: argparse._ArgumentGroup) -> None:
         choices=("attention", "none"),
         help=f"weight of a calibration token in the Hessian (default: {default['token_weighting']})",
     )
+    group.add_argument(
+        "--token-strength",
+        type=float,
+        metavar="F",
+        help=f"weight of received attention against a token's own prediction (default: {default['token_strength']})",
+    )
     _switch(group, "quantize_lm_head", "quantize the output projection too")
 
 
@@ -161,9 +180,17 @@ def _calibration(group: argparse._ArgumentGroup) -> None:
         help="a .txt, .jsonl or .npy (token ids) file, a datasets name as NAME[:CONFIG][:SPLIT], or self: text that "
         f"the model generates (default: {_COMPILE['calibration']})",
     )
-    group.add_argument("--nsamples", type=int, metavar="N", help=f"sequences (default: {default['nsamples']})")
     group.add_argument(
-        "--seqlen", type=int, metavar="N", help=f"tokens of one, at most the context (default: {default['seqlen']})"
+        "--nsamples",
+        type=int,
+        metavar="N",
+        help=f"sequences (default: {default['nsamples']}; {_SELF_ON_CPU['nsamples']} of the model's own on a CPU)",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help=f"tokens of one, at most the context (default: {default['seqlen']}; {_SELF_ON_CPU['seqlen']} likewise)",
     )
     group.add_argument("--seed", type=int, metavar="N", help=f"seed of the sequences (default: {default['seed']})")
     group.add_argument("--device", metavar="D", help="where torch quantizes: cpu, cuda (default: cuda if there)")
