@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from gptq_compile import __version__
+from gptq_compile.artifact.dequantized import dequantized_weights, write_dequantized
 from gptq_compile.artifact.writer import ArtifactWriter
 from gptq_compile.calibration import SELF, CalibrationConfig, load_calibration
 from gptq_compile.errors import PassError
@@ -160,7 +161,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
             manager.run([quantize], program)
         if options.dequantized is not None:
             with clock("dequantize"):
-                _write_dequantized(program, source, options.dequantized)
+                write_dequantized(source, dequantized_weights(program), options.dequantized)
         with clock("lower"):
             manager.run(lowering_passes(target, dtype), program)
     except _Stopped:
@@ -285,27 +286,6 @@ def _calibration(source: ModelSource, options: CompileOptions, progress: Progres
     return load_calibration(
         options.calibration, source.tokenizer, settings, vocab_size=source.vocab_size, generate=generate
     )
-
-
-def _write_dequantized(program: Program, source: ModelSource, out: Path) -> None:
-    from gptq_compile.artifact.dequantized import write_dequantized
-    from gptq_compile.passes.dialect import dequantize
-
-    overrides: dict[str, Any] = {}
-    params = program.params
-    for node in program.graph.nodes:
-        if node.target is not torch.ops.gptq_compile.quant_linear.default:
-            continue
-        _, codes, scales, zeros, g_idx, _, bits, group = node.args
-
-        def load(codes: Any = codes, scales: Any = scales, zeros: Any = zeros, g_idx: Any = g_idx,
-                 bits: int = bits, group: int = group) -> torch.Tensor:  # fmt: skip
-            read = lambda n: None if n is None else params.get(n.meta["param"])  # noqa: E731
-            weight = dequantize(read(codes), read(scales), read(zeros), read(g_idx), bits, group)
-            return weight.t().contiguous() if codes.meta["param"].endswith(".T.codes") else weight
-
-        overrides[codes.meta["param"].removesuffix(".codes").removesuffix(".T")] = load
-    write_dequantized(source, overrides, out)
 
 
 def _manifest(

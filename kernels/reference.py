@@ -69,6 +69,21 @@ def gated_act(gate: Array, up: Array, act: str) -> Array:
     return ACTIVATIONS[act](gate.astype(np.float64)) * up.astype(np.float64)
 
 
+def expert_linear(
+    x: Array, weight: Array, expert: Array, bias: Array | None = None, transposed: bool = False
+) -> Array:
+    """Returns x[i] @ weight[expert[i]].T + bias[expert[i]] for x[m, K], weight[E, N, K] ([E, K, N] if transposed)."""
+    w = weight.astype(np.float64) if transposed else weight.astype(np.float64).swapaxes(1, 2)
+    out = np.stack([row @ w[e] for row, e in zip(x.astype(np.float64), expert, strict=True)])
+    return out if bias is None else out + bias.astype(np.float64)[expert]
+
+
+def topk(x: Array, k: int, largest: bool = True) -> tuple[Array, Array]:
+    """Returns (values, indices)[m, k], best first; of equal elements the lower index is first."""
+    order = np.argsort(-x.astype(np.float64) if largest else x.astype(np.float64), axis=-1, kind="stable")[:, :k]
+    return np.take_along_axis(x, order, -1), order
+
+
 def kv_append(k: Array, v: Array, slots: Array, k_cache: Array, v_cache: Array) -> tuple[Array, Array]:
     """Returns copies of the caches [pages, kv_heads, page_size, D] with token t's k, v at slots[t]; -1 is skipped."""
     k_cache, v_cache = k_cache.copy(), v_cache.copy()

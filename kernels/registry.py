@@ -32,6 +32,8 @@ KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
         "gptq_compile.kernels.cpu.rotary",
         "gptq_compile.kernels.cpu.gated",
         "gptq_compile.kernels.cpu.sampling",
+        "gptq_compile.kernels.cpu.experts",
+        "gptq_compile.kernels.cpu.topk",
     ),
     "cuda": (
         "gptq_compile.kernels.cuda.quant_linear",
@@ -41,6 +43,8 @@ KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
         "gptq_compile.kernels.cuda.rotary",
         "gptq_compile.kernels.cuda.gated",
         "gptq_compile.kernels.cuda.sampling",
+        "gptq_compile.kernels.cuda.experts",
+        "gptq_compile.kernels.cuda.topk",
     ),
 }
 

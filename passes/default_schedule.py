@@ -25,6 +25,7 @@ LANES = 32
 # computing 32k elements.
 PARALLEL_ELEMENTS = 32768
 GPU_THREADS = 256
+_MAYBE_RESHAPE = 3  # parameters of the kernels that are called with one tensor: it, and one result or two
 
 _OPAQUE_PATTERN = 8  # relax OpPatternKind.kOpaque
 
@@ -73,8 +74,20 @@ class KeepKernels:
         for var, func in mod.functions_items():
             if isinstance(func, tvm.tirx.PrimFunc):
                 kept = _mark(func) if is_scheduled(func) else func
-                mod[var] = kept.with_attr("op_pattern", _OPAQUE_PATTERN)
+                mod[var] = _with_root(kept).with_attr("op_pattern", _OPAQUE_PATTERN)
         return mod
+
+
+def _with_root(func: Any) -> Any:
+    """Puts the body of a function of two tensors or three into a root block.
+
+    TVM looks for reshapes among the functions that are called with one tensor, and takes a root block for granted.
+    """
+    s_tir = tvm.s_tir
+    if len(func.params) > _MAYBE_RESHAPE or isinstance(func.body, s_tir.SBlockRealize):
+        return func
+    body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body))
+    return func.with_body(body)
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleLeftovers")

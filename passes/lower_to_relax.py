@@ -19,6 +19,7 @@ from torch import fx
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.registry import Case, Selection, select
 from gptq_compile.kernels.target import Target
+from gptq_compile.passes import lower_experts
 from gptq_compile.passes.dialect import packed_case
 from gptq_compile.passes.evaluate import PAGE_SIZE
 from gptq_compile.passes.program import Program, where
@@ -44,13 +45,16 @@ class Lowered:
     decode: dict[int, str] = field(default_factory=dict)
 
 
-def lower_to_relax(program: Program, target: Target, buckets: Sequence[int] = (1, 2, 4, 8)) -> Lowered:
+def lower_to_relax(
+    program: Program, target: Target, buckets: Sequence[int] = (1, 2, 4, 8), *, sampling: bool = True
+) -> Lowered:
     """Lowers a paged, packed program.
 
     Args:
         program: after ``insert_kv_cache`` and ``pack_weights``.
         target: for which machine.
         buckets: batch sizes that get a ``decode_<batch>`` entry of their own.
+        sampling: add the entries that turn logits into tokens; without them the module computes logits only.
 
     Raises:
         PassError: for an op that neither a kernel nor Relax implements, with its module path and source line.
@@ -65,7 +69,8 @@ def lower_to_relax(program: Program, target: Target, buckets: Sequence[int] = (1
     for batch in buckets:
         lowered.decode[batch] = f"decode_{batch}"
         _Entry(program, builder, emitter, batch).build(lowered.decode[batch])
-    _sampling_entries(program, builder, emitter)
+    if sampling:
+        _sampling_entries(program, builder, emitter)
     lowered.module = builder.get()
     return lowered
 
@@ -92,6 +97,14 @@ class _Kernels:
 
         out = relax.TensorType(list(shape), dtype)
         return self.builder.emit(relax.call_tir(self.function(case), args, out))
+
+    def call_many(self, case: Case, args: list[Any], outs: list[tuple[Sequence[Any], str]]) -> list[Any]:
+        """Emits a destination-passing call with several new outputs, each ``(shape, dtype)``."""
+        from gptq_compile.kernels.tvm_env import relax
+
+        types = [relax.TensorType(list(shape), dtype) for shape, dtype in outs]
+        value = self.builder.emit(relax.call_tir(self.function(case), args, types))
+        return [self.builder.emit(relax.TupleGetItem(value, i)) for i in range(len(outs))]
 
     def call_inplace(self, case: Case, args: list[Any], inplace: list[int]) -> Any:
         """Emits a call that writes the arguments numbered ``inplace`` and returns them."""
@@ -376,6 +389,7 @@ _RULES: dict[Any, Callable[[_Entry, fx.Node], Any]] = {
     ops.rotary_embedding.default: _rotary,
     ops.gated_act.default: _gated_act,
     ops.paged_attention.default: _paged_attention,
+    **lower_experts.RULES,
 }
 
 

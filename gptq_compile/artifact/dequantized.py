@@ -6,19 +6,48 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from gptq_compile.artifact.files import StagedFolder
 from gptq_compile.artifact.tensors import TensorWriter
 from gptq_compile.errors import OutputError
 from gptq_compile.frontend.source import ModelSource
+from gptq_compile.passes.dialect import dequantize
+from gptq_compile.passes.program import Program
 
+_TRANSPOSED = ".T"  # ends the name of a parameter that Normalize turned into a linear's weight
 SHARD_BYTES = 5_000_000_000  # what save_pretrained used to cut at, and what the hub likes
+
+
+def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
+    """What a quantized program multiplies by, under the checkpoint's names.
+
+    Args:
+        program: after ``gptq_quantize`` and before ``pack_weights``.
+
+    Returns:
+        Parameter name -> function that makes the float32 weight in the checkpoint's shape.
+    """
+    params = program.params
+
+    def weight(name: str, nodes: Sequence[fx.Node | None], bits: int, group: int) -> Tensor:
+        codes, scales, zeros, g_idx = (None if n is None else params.get(n.meta["param"]) for n in nodes)
+        assert codes is not None and scales is not None
+        made = dequantize(codes, scales, zeros, g_idx, bits, group)
+        return made.t().contiguous() if name.endswith(_TRANSPOSED) else made
+
+    found: dict[str, Callable[[], Tensor]] = {}
+    for node in program.graph.nodes:
+        if node.target is torch.ops.gptq_compile.quant_linear.default:
+            _, codes, scales, zeros, g_idx, _, bits, group = node.args
+            name = codes.meta["param"].removesuffix(".codes")
+            found[name.removesuffix(_TRANSPOSED)] = partial(weight, name, (codes, scales, zeros, g_idx), bits, group)
+    return found
 
 
 def write_dequantized(

@@ -50,19 +50,19 @@ def _build(case: Case, target: Target) -> Any:
             ir.parallel(-(-n // WEIGHT_ROWS)) as block,
             ir.serial((rows + token_rows - 1) // token_rows) as tile,
         ):
-            sums = _dot_tile(x, w, rows, n, k, tile * token_rows, block * WEIGHT_ROWS, token_rows, lanes)
+            sums = dot_tile(x, w, rows, n, k, tile * token_rows, block * WEIGHT_ROWS, token_rows, lanes)
             for r in range(token_rows):
                 for c in range(WEIGHT_ROWS):
                     row, column = tile * token_rows + r, block * WEIGHT_ROWS + c
                     with when(ir.And(row < rows, column < n)):
-                        value = _lane_sum(sums[r][c], lanes)
+                        value = lane_sum(sums[r][c], lanes)
                         if bias is not None:
                             value = value + ir.cast(bias[column], "float32")
                         store(out, (row, column), ir.cast(value, out_dtype))
     return f.result()
 
 
-def _dot_tile(
+def dot_tile(
     x: Any, w: Any, rows: Expr, n: int, k: int, row: Expr, column: Expr, token_rows: int, lanes: int
 ) -> list[list[Any]]:
     """Emits the lane-wise dot products of token_rows x WEIGHT_ROWS pairs; rows past the end repeat the last one."""
@@ -94,7 +94,7 @@ def _dot_tile(
     return sums
 
 
-def _lane_sum(vector: Any, lanes: int) -> Expr:
+def lane_sum(vector: Any, lanes: int) -> Expr:
     """Returns the sum of all lanes; shuffles, because narrower loads would pin the vector to memory."""
     tir = tvm.tirx
     value = tir.BufferLoad(vector, [tir.Ramp(0, 1, lanes)])

@@ -8,7 +8,7 @@ some of them must hold after the call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -127,6 +127,38 @@ def _gated(dtype: str, rows: int | None, features: int, act: str) -> OpCase:
 
     name = f"gated-{dtype}-{rows}-f{features}-{act}"
     return _op(name, "gated_act", dtype, rows, {"features": features, "act": act}, make, expect)
+
+
+def _experts(
+    dtype: str, rows: int | None, experts: int, k: int, n: int, bias: bool = False, transposed: bool = False
+) -> OpCase:
+    attrs = {"experts": experts, "in_features": k, "out_features": n, "has_bias": bias, "transposed": transposed}
+
+    def make(rng: np.random.Generator, m: int) -> Arguments:
+        x = _normal(rng, (m, k), dtype, k**-0.5)
+        w = _normal(rng, (experts, k, n) if transposed else (experts, n, k), dtype)
+        biases = [_normal(rng, (experts, n), dtype)] if bias else []
+        return [x, w, rng.integers(0, experts, m), *biases, _poison((m, n), dtype)]
+
+    def expect(a: Arguments) -> Mapping[int, np.ndarray]:
+        return {len(a) - 1: reference.expert_linear(a[0], a[1], a[2], a[3] if bias else None, transposed)}
+
+    name = f"experts-{dtype}-{rows}-e{experts}k{k}n{n}b{bias:d}t{transposed:d}"
+    return _op(name, "expert_linear", dtype, rows, attrs, make, expect)
+
+
+def _topk(dtype: str, rows: int | None, width: int, k: int, largest: bool = True) -> OpCase:
+    def make(rng: np.random.Generator, m: int) -> Arguments:
+        x = np.round(_normal(rng, (m, width), dtype, 4.0))  # with ties
+        return [x, _poison((m, k), dtype), _poison((m, k), "int64")]
+
+    def expect(a: Arguments) -> Mapping[int, np.ndarray]:
+        values, indices = reference.topk(a[0], k, largest)
+        return {1: values.astype(np.float64), 2: indices}
+
+    name = f"topk-{dtype}-{rows}-w{width}k{k}l{largest:d}"
+    made = _op(name, "topk", dtype, rows, {"width": width, "k": k, "largest": largest}, make, expect)
+    return replace(made, tolerance=0.0)
 
 
 def _append(dtype: str, rows: int | None, kv_heads: int, head_dim: int, v_head_dim: int) -> OpCase:
@@ -322,6 +354,20 @@ def gated_cases(dtype: str) -> list[OpCase]:
     return [_gated(dtype, rows, f, act) for act, (rows, f) in zip(acts, [(None, 1536), (1, 8960), (3, 33)] * 9)]  # noqa: B905
 
 
+def expert_cases(dtype: str) -> list[OpCase]:
+    """Both layouts of the weight, widths that no vector divides, and the choice of experts."""
+    return [
+        _experts(dtype, None, 4, 64, 40),
+        _experts(dtype, 3, 5, 33, 7, bias=True),
+        _experts(dtype, 1, 2, 100, 130),
+        _experts(dtype, None, 4, 30, 37, bias=True, transposed=True),
+        _experts(dtype, 3, 3, 64, 160, transposed=True),
+        _topk(dtype, None, 8, 2),
+        _topk(dtype, 3, 300, 9),
+        _topk(dtype, 1, 5, 5, largest=False),
+    ]
+
+
 def attention_cases(dtype: str) -> list[OpCase]:
     """Grouped, multi-query and full attention, head dimensions 16 to 256, and every option by itself and together."""
     return [
@@ -357,5 +403,6 @@ def sampling_cases() -> list[OpCase]:
 
 def op_cases(dtype: str) -> list[OpCase]:
     """Every case for one activation type."""
-    cases = [*norm_cases(dtype), *rotary_cases(dtype), *gated_cases(dtype), *attention_cases(dtype)]
+    cases = [*norm_cases(dtype), *rotary_cases(dtype), *gated_cases(dtype), *expert_cases(dtype)]
+    cases += attention_cases(dtype)
     return [*cases, *sampling_cases()] if dtype == "float32" else cases
