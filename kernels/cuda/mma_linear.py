@@ -17,7 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_compile.kernels.cuda.warp import address, barrier, dequantize, load_halves, load_words, mma
+from gptq_compile.kernels.cuda.warp import (
+    address,
+    barrier,
+    dequantize,
+    load_halves,
+    load_words,
+    mma,
+    private_address,
+)
 from gptq_compile.kernels.script import local, script, store, when
 
 Expr = Any
@@ -76,13 +84,13 @@ class Weights:
         for i in range(0, count, width):
             word = ir.min(unit * self.unit_words + i, self.row_words - width)
             source = address(self.words, row, word * 2 if self.bits == 16 else word)
-            load_words(width, address(registers, at + i), source)
+            load_words(width, private_address(registers, at + i), source)
 
     def pairs(self, target: Any, registers: Any, at: int, row: Expr, unit: Expr, grid: Any) -> list[Expr]:
         """Emits the dequantization of one unit; returns its half pairs (u32) in code order."""
         if self.bits == 16:
             return [registers[at + i] for i in range(self.unit_codes // 2)]
-        dequantize(self.bits, self.unit_words, address(target, 0), address(registers, at), *grid)
+        dequantize(self.bits, self.unit_words, private_address(target), private_address(registers, at), *grid)
         return [target[i] for i in range(self.unit_codes // 2)]
 
     def grid(self, row: Expr, unit: Expr) -> tuple[Expr, Expr]:
@@ -167,7 +175,7 @@ def _multiply(
             for f, (low, high) in enumerate(pairs):
                 a = (low[2 * quad], high[2 * quad], low[2 * quad + 1], high[2 * quad + 1])
                 for t, b in enumerate(fragments):
-                    mma(address(sums[f][t], 0), a, b)
+                    mma(private_address(sums[f][t]), a, b)
 
 
 def _held(grid: tuple[Expr, Expr]) -> tuple[Expr, Expr]:
@@ -225,7 +233,7 @@ def decode(w: Weights, p: Problem) -> None:
                         k = (first[a] + i) * w.unit_codes + 4 * quad
                         count = ir.if_then_else(g < p.rows, w.in_features - k, 0)
                         source = address(p.x, ir.min(g, p.rows - 1), ir.min(k, w.in_features - 1))
-                        load_halves(address(half, 0), source, count, w.in_features % 8 == 0)
+                        load_halves(private_address(half), source, count, w.in_features % 8 == 0)
                     return [(half[2 * (quad % 2)], half[2 * (quad % 2) + 1])]
 
                 _multiply(w, sums, words[a], rows, first[a], units, tokens)
@@ -260,7 +268,8 @@ def tiles(w: Weights, p: Problem) -> None:
         rows = [
             [ir.min(first_row + f * ROWS + g + 8 * h, w.out_features - 1) for h in range(2)] for f in range(per_warp)
         ]
-        staged = ir.alloc_buffer((TILE_TOKENS, stride), "uint32", scope="shared")
+        # Flat, because TVM would shrink rows of a matrix to the words in use and so undo the padding against conflicts.
+        staged = ir.alloc_buffer((TILE_TOKENS * stride,), "uint32", scope="shared")
         sums = [_zeroed(fragments) for _ in range(per_warp)]
         words = [[local(units * w.unit_words, "uint32") for _ in range(2)] for _ in range(per_warp)]
         half = local(4, "uint32")
@@ -276,15 +285,16 @@ def tiles(w: Weights, p: Problem) -> None:
                 token, k = token_block * TILE_TOKENS + line, step * TILE_CODES + column * 8
                 count = ir.if_then_else(token < p.rows, w.in_features - k, 0)
                 source = address(p.x, ir.min(token, p.rows - 1), ir.min(k, w.in_features - 1))
-                load_halves(address(half, 0), source, count, w.in_features % 8 == 0)
+                load_halves(private_address(half), source, count, w.in_features % 8 == 0)
                 for j in range(4):
                     quad = column % 4 * 2 + j // 2
-                    store(staged, (line, (quad * 4 + column // 4) * 2 + j % 2), half[j])
+                    store(staged, (line * stride + (quad * 4 + column // 4) * 2 + j % 2,), half[j])
             barrier()
 
             def tokens(i: int, quad: int) -> list[tuple[Expr, Expr]]:
                 at = ((i * w.unit_codes // 4 + quad) * 4 + c) * 2
-                return [(staged[t * TOKENS + g, at], staged[t * TOKENS + g, at + 1]) for t in range(fragments)]
+                lines = [(t * TOKENS + g) * stride + at for t in range(fragments)]
+                return [(staged[line], staged[line + 1]) for line in lines]
 
             _multiply(w, sums, words, rows, unit, units, tokens)
         for f in range(per_warp):

@@ -132,8 +132,18 @@ def _call(name: str, *args: Expr, source: str, returns: str = "void") -> Expr:
 
 
 def address(buffer: Any, *indices: Expr) -> Expr:
-    """Returns the address of an element."""
+    """Returns the address of an element of a tensor."""
     return tvm.tirx.address_of(buffer[tuple(indices)])
+
+
+def private_address(buffer: Any, at: int = 0) -> Expr:
+    """Returns the address of element `at` of a private array, for a function that also touches elements after it.
+
+    `address` would count as an access to that one element: TVM's CompactBufferAllocation then cuts the array off after
+    the last element it saw, and nvcc drops what the function does beyond (seen on an H200). An access pointer names
+    the whole array.
+    """
+    return buffer.access_ptr("rw", offset=at)
 
 
 def load_words(count: int, target: Expr, source: Expr) -> None:
