@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Just enough CUDA for a CPU to run one generated kernel: every thread is a fiber; a fiber that reaches a barrier, a
-// shuffle or an mma waits until its block or warp has arrived. Reads and writes are plain memory accesses.
+// shuffle or an mma waits until its block or warp has arrived. Fibers take turns in a shuffled order. Registers and
+// shared memory start as NaN, and every access to them is checked against the *declared* extent: what nvcc makes of an
+// access beyond it is undefined even where this CPU has padding. `emu_failure` says what was wrong first.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <random>
+#include <utility>
 #include <vector>
 
 struct Dim { unsigned x, y, z; };
@@ -30,13 +35,55 @@ static void emu_warp_wait() {
   emu_wait(emu_arrived_warp[warp], emu_generation_warp[warp], 32);
 }
 
+static const char* emu_failure;
+static void emu_fail(const char* what) {
+  if (!emu_failure) emu_failure = what;
+}
+template <typename T> static T emu_poison() {
+  T value;
+  memset((void*)&value, 0xff, sizeof(T));
+  return value;
+}
+
+// A pointer into a register or shared array that knows the array's end.
+template <typename T> struct emu_span {
+  T *at, *begin, *end;
+  bool inside(int64_t i) const {
+    bool ok = at + i >= begin && at + i < end;
+    if (!ok) emu_fail("a register or shared array is accessed beyond its declared extent");
+    return ok;
+  }
+  operator emu_span<const T>() const { return {at, begin, end}; }
+  struct Element {
+    const emu_span span;
+    operator T() const { return span.inside(0) ? *span.at : emu_poison<std::remove_const_t<T>>(); }
+    Element& operator=(T value) {
+      if (span.inside(0)) *const_cast<std::remove_const_t<T>*>(span.at) = value;
+      return *this;
+    }
+    Element& operator=(const Element& other) { return *this = T(other); }
+    Element& operator+=(T value) { return *this = T(*this) + value; }
+    emu_span operator&() const { return span; }
+  };
+  emu_span operator+(int64_t i) const { return {at + i, begin, end}; }
+  Element operator[](int64_t i) const { return {*this + i}; }
+};
+template <typename T, int N> struct emu_array {
+  T values[N];
+  emu_array() { memset((void*)values, 0xff, sizeof values); }
+  emu_span<T> operator+(int64_t i) { return {values + i, values, values + N}; }
+  typename emu_span<T>::Element operator[](int64_t i) { return {*this + i}; }
+};
+static std::vector<std::pair<void*, size_t>> emu_shared_arrays;
+template <typename T, int N> struct emu_shared : emu_array<T, N> {
+  emu_shared() { emu_shared_arrays.push_back({this->values, sizeof this->values}); }
+};
+
 #define __device__
 #define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
-#define alignas(n) __attribute__((aligned(n)))
 #define uint unsigned int
 #define uchar unsigned char
 
@@ -45,9 +92,19 @@ struct half2 { half x, y; };
 struct uint2 { unsigned x, y; };
 struct __attribute__((aligned(16))) uint4 { unsigned x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static std::vector<std::pair<const char*, size_t>> emu_tensors;
 template <typename T> static T emu_read(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) __builtin_trap();  // a GPU faults on misaligned wide loads
-  return *p;
+  auto* first = reinterpret_cast<const char*>(p);
+  for (auto [base, size] : emu_tensors) {
+    if (first < base || first + sizeof(T) > base + size) continue;
+    // A GPU faults on misaligned wide loads. Device tensors start on 256 bytes, numpy's do not.
+    if ((first - base) % sizeof(T)) emu_fail("a wide load is misaligned");
+    T value;
+    memcpy((void*)&value, first, sizeof(T));
+    return value;
+  }
+  emu_fail("a load is outside every tensor");
+  return emu_poison<T>();
 }
 template <typename T> static T __ldg(const T* p) { return emu_read(p); }
 template <typename T> static T __ldcs(const T* p) { return emu_read(p); }
@@ -77,7 +134,7 @@ static void emu_put(half* low, half* high, unsigned pair) {
   memcpy(low, &bits[0], 2);
   memcpy(high, &bits[1], 2);
 }
-static void emu_mma(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+static void emu_mma(emu_span<float> d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   int warp = emu_current / 32, lane = emu_current % 32, g = lane / 4, c = lane % 4;
   auto& a = emu_a[warp];
   auto& b = emu_b[warp];
@@ -104,11 +161,15 @@ static void emu_launch(Dim grid, int threads, void (*body)()) {
   emu_threads = threads;
   emu_body = body;
   std::vector<char> stacks(stack * threads);
+  std::vector<int> order(threads);
+  for (int t = 0; t < threads; ++t) order[t] = t;
+  std::minstd_rand random(threads);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       emu_fibers.assign(threads, ucontext_t());
       emu_done.assign(threads, 0);
       blockIdx = {x, y, 0};
+      for (auto [array, size] : emu_shared_arrays) memset(array, 0xff, size);
       for (int t = 0; t < threads; ++t) {
         getcontext(&emu_fibers[t]);
         emu_fibers[t].uc_stack.ss_sp = &stacks[stack * t];
@@ -116,13 +177,15 @@ static void emu_launch(Dim grid, int threads, void (*body)()) {
         emu_fibers[t].uc_link = &emu_main;
         makecontext(&emu_fibers[t], emu_entry, 0);
       }
-      for (int left = threads; left > 0;)
-        for (int t = 0; t < threads; ++t) {
+      for (int left = threads; left > 0;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int t : order) {
           if (emu_done[t]) continue;
           emu_current = t;
           threadIdx = {unsigned(t), 0, 0};
           swapcontext(&emu_main, &emu_fibers[t]);
           left -= emu_done[t];
         }
+      }
     }
 }

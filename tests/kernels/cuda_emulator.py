@@ -2,7 +2,8 @@
 """Runs the CUDA source that TVM generates for a PrimFunc on the CPU, so that numerics are tested without a GPU.
 
 The source is compiled by g++ after `cuda_emulator.h`, in which threads are fibers and warp-wide instructions are
-barriers; the one piece of inline assembly, mma.sync, is replaced by its definition.
+barriers; the one piece of inline assembly, mma.sync, is replaced by its definition. Arrays in registers and shared
+memory become checked ones (`emu_array`), since a CPU forgives what nvcc takes as undefined.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
 
 _CALLBACK = "tvm_callback_cuda_compile"
+_LOCAL_ARRAY = re.compile(r"^( *)(__shared__ )?alignas\(\d+\) (\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
+_REGISTER_PARAMETER = re.compile(r"\b((?:const )?(?:unsigned|float))\* (\w+)(?=[,)])")
 _ASSEMBLY = re.compile(r"asm volatile\(\s*\"mma\.sync\.aligned\.m16n8k16.*?\);", re.DOTALL)
 
 
@@ -58,31 +61,44 @@ def _extents(func: Any, rows: int) -> dict[str, int]:
     return {tag: int(eval(str(value), {"T": printed, **dims})) for tag, value in found.items()}
 
 
+def _checked_array(declaration: re.Match[str]) -> str:
+    """Returns the checked counterpart of an array declaration."""
+    indent, shared, dtype, name, size = declaration.groups()
+    return f"{indent}{'static emu_shared' if shared else 'emu_array'}<{dtype}, {size}> {name};"
+
+
 def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, folder: Path) -> None:
     """Runs a PrimFunc's kernel on arrays named like its parameters; outputs are written in place."""
     source = cuda_source(func, target)
     helpers = "".join(re.findall(r"^__device__ __forceinline__ .*?^}\n", source, re.DOTALL | re.MULTILINE))
     kernel = source[source.rindex('extern "C" __global__') :]
-    kernel = re.sub(r"__shared__ alignas\((\d+)\) (\w+)", r"alignas(\1) static \2", kernel)
+    kernel = _LOCAL_ARRAY.sub(_checked_array, kernel)
+    assert "__shared__" not in kernel and "alignas" not in kernel
+    helpers = _REGISTER_PARAMETER.sub(r"emu_span<\1> \2", helpers)
     text = _ASSEMBLY.sub("emu_mma(d, a0, a1, a2, a3, b0, b1);", helpers + kernel)
     assert "asm" not in text
     name, parameters = re.search(r"(\w+_kernel)\(([^)]*)\)", kernel).groups()
-    arguments, values = [], []
+    arguments, values, sizes = [], [], []
     for i, parameter in enumerate(parameters.split(",")):
         kind, parameter_name = parameter.replace("__restrict__", "").rsplit(None, 1)
         if kind.strip().endswith("*"):
             arguments.append(f"({kind}) emu_arguments[{i}]")
-            values.append(tensors[parameter_name.removesuffix("_ptr")].ctypes.data)
+            tensor = tensors[parameter_name.removesuffix("_ptr")]
+            values.append(tensor.ctypes.data)
+            sizes.append(tensor.nbytes)
         else:
             arguments.append(f"({kind}) (int64_t) emu_arguments[{i}]")
             values.append(rows)
+            sizes.append(0)
     extent = _extents(func, rows)
     entry = f"""
 static void** emu_arguments;
 static void emu_call() {{ {name}({", ".join(arguments)}); }}
-extern "C" void emu_run(void** arguments) {{
+extern "C" const char* emu_run(void** arguments, const size_t* sizes) {{
   emu_arguments = arguments;
+  for (int i = 0; i < {len(values)}; ++i) emu_tensors.push_back({{(const char*) arguments[i], sizes[i]}});
   emu_launch({{{extent["blockIdx.x"]}, {extent.get("blockIdx.y", 1)}, 1}}, {extent["threadIdx.x"]}, emu_call);
+  return emu_failure;
 }}
 """
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +113,12 @@ extern "C" void emu_run(void** arguments) {{
         "-fPIC",
         f"-I{Path(__file__).parent}",
         "-fno-strict-aliasing",
+        # A shift by 32 is 0 on a GPU and a shift by 0 here: stop instead.
+        "-fsanitize=shift",
+        "-fsanitize-undefined-trap-on-error",
     ]
     subprocess.run([*command, "-o", str(library), str(code)], check=True)
     emulator = ctypes.CDLL(str(library))
-    emulator.emu_run((ctypes.c_void_p * len(values))(*values))
+    emulator.emu_run.restype = ctypes.c_char_p
+    failure = emulator.emu_run((ctypes.c_void_p * len(values))(*values), (ctypes.c_size_t * len(sizes))(*sizes))
+    assert failure is None, f"The emulator of {code} stopped trusting the kernel: {failure.decode()}."

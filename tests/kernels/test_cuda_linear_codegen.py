@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cuda_emulator
 
-from gptq_compile.kernels.cuda import linear, quant_linear
+from gptq_compile.kernels.cuda import linear, mma_linear, quant_linear, warp
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case, select
+from gptq_compile.kernels.script import Function, local, script, store
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping
 
@@ -101,6 +103,34 @@ def test_linear_matches_float64(k, n, rows, static, kernel, tmp_path):
     cuda_emulator.run(picked.prim_func(case, CUDA), CUDA, {"x": x, "w": w, "bias": bias, "out": out}, rows, tmp_path)
     reference = x.astype(np.float64) @ w.astype(np.float64).T + bias.astype(np.float64)
     assert np.abs(out - reference).mean() / np.abs(reference).mean() < 1e-5
+
+
+@needs_gxx
+@pytest.mark.parametrize("whole", (True, False))
+def test_registers_filled_by_a_function_keep_their_size(whole, tmp_path):
+    # Named by one element, the array is cut off after it. nvcc then dropped code; the emulator has to notice.
+    with Function("copy") as f:
+        x, out = f.tensor("x", (4,), "uint32"), f.tensor("out", (1,), "uint32")
+        with script().launch_thread("blockIdx.x", 1), script().launch_thread("threadIdx.x", 32):
+            words = local(4, "uint32")
+            target = warp.private_address(words) if whole else warp.address(words, 0)
+            warp.load_words(4, target, warp.address(x, 0))
+            store(out, (0,), words[1])
+    tensors = {"x": np.arange(5, 9, dtype=np.uint32), "out": np.zeros(1, np.uint32)}
+    if whole:
+        cuda_emulator.run(f.result(), CUDA, tensors, 1, tmp_path)
+        assert tensors["out"] == 6
+    else:
+        with pytest.raises(AssertionError, match="declared extent"):
+            cuda_emulator.run(f.result(), CUDA, tensors, 1, tmp_path)
+
+
+def test_staged_activations_keep_their_padding():
+    case = _quant_case(4, 32, 128, 16, None)
+    func = select(case, CUDA, quant_linear.KERNELS).kernel.prim_func(case, CUDA)
+    words = int(re.search(r"__shared__ alignas\(\d+\) uint \w+\[(\d+)\]", cuda_emulator.cuda_source(func, CUDA))[1])
+    used = mma_linear.TILE_CODES // 2
+    assert words == mma_linear.TILE_TOKENS * (used + 8) - 8  # nothing follows the last row
 
 
 @needs_nvcc
