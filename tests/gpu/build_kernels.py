@@ -3,7 +3,7 @@
 
 Run from the repository root::
 
-    PYTHONPATH=. python tests/gpu/build_kernels.py OUT [--target cuda:sm_90] [--only SUBSTRING]
+    PYTHONPATH=. python tests/gpu/build_kernels.py OUT [--target cuda:sm_90] [--only SUBSTRING]...
 
 OUT receives ``kernels.so``, ``kernels.json`` (check name -> function, kernel) and the libraries `check_kernels` loads.
 """
@@ -26,9 +26,9 @@ from gptq_compile.passes.build import build
 logger = logging.getLogger("build_kernels")
 
 
-def _module(target: Target, only: str) -> tuple[object, dict[str, dict[str, str]]]:
+def _module(target: Target, only: list[str]) -> tuple[object, dict[str, dict[str, str]]]:
     """Returns the module of all PrimFuncs and, per check, its function and kernel."""
-    cases = [case for case in all_cases() if only in case.name]
+    cases = [case for case in all_cases() if not only or any(part in case.name for part in only)]
     names = symbols(cases)
     functions: dict[str, object] = {}
     table: dict[str, dict[str, str]] = {}
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--target", default="cuda:sm_90")
-    parser.add_argument("--only", default="", help="build only checks whose name contains this")
+    parser.add_argument("--only", action="append", default=[], help="build only checks with this in their name")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = Target.parse(arguments.target)
