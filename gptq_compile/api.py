@@ -144,6 +144,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
         program = trace(source.config, source.params, name=source.name, source=source.source)
     plan = _plan(program, source, options)
     progress.plan(plan)
+    _note_experts(program, dtype, progress)
     writer = ArtifactWriter(options.out, overwrite=options.overwrite, disk_needed=plan.bytes_after)
     writer.check()
     if dry_run:
@@ -233,7 +234,7 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
     probe = program.clone()
     Normalize().run(probe)
     config = options.quantize
-    linears = {n.args[1] for n in quantizable(probe, config.quantize_lm_head)}
+    linears = dict.fromkeys(n.args[1] for n in quantizable(probe, config.quantize_lm_head))  # in graph order
     weights = quantized = 0
     for node in linears:
         rows, columns = (int(d) for d in node.meta["val"].shape)
@@ -272,6 +273,17 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
         memory=memory,
         settings=options.as_dict(),
     )
+
+
+def _note_experts(program: Program, dtype: str, progress: Progress) -> None:
+    """Says which weights the plan leaves as they are, where a model mostly consists of them."""
+    used = {n.args[1] for n in program.graph.nodes if n.target is torch.ops.gptq_compile.expert_linear.default}
+    if used:
+        count = sum(math.prod(int(d) for d in n.meta["val"].shape) for n in used)
+        progress.note(
+            f"The weights of experts stay in {dtype} ({count / 1e6:,.1f} million in {len(used)} tensors): only linear "
+            "layers that every token passes are quantized so far."
+        )
 
 
 def _calibration(source: ModelSource, options: CompileOptions, progress: Progress) -> Any:

@@ -209,6 +209,7 @@ def test_real_write_failure(tmp_path):
 
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from gptq_compile.artifact.writer import ArtifactWriter
 with ArtifactWriter(sys.argv[1]) as artifact:
     artifact.add_file(b"x" * 1000, "model.so")

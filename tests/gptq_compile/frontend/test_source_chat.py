@@ -95,8 +95,9 @@ def test_other_templates_are_left_alone(tokenizer, template, caplog):
     assert "cannot be written as a prefix and suffix per role" in caplog.text
 
 
-def test_no_template(tokenizer, caplog):
+def test_no_template(tokenizer, caplog, monkeypatch):
     tokenizer.chat_template = None
-    with caplog.at_level(logging.INFO):
+    monkeypatch.setattr(logging.getLogger("gptq_compile"), "propagate", True)  # the command line turns it off
+    with caplog.at_level(logging.INFO, logger="gptq_compile"):
         assert decompose(tokenizer) is None
     assert "no chat template" in caplog.text
