@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # TVMScript annotations are calls, which mypy does not take for types.
 # mypy: disable-error-code="valid-type, no-redef"
-"""RMSNorm and LayerNorm for the CPU: one row per task, float32 statistics."""
+"""RMSNorm and LayerNorm for the CPU: one row per task, float32 statistics, any mixture of types."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from gptq_compile.kernels import tirx_math as tm
-from gptq_compile.kernels.attention_params import refuse_dtype
+from gptq_compile.kernels.norm_params import NormParams, refuse_norm
 from gptq_compile.kernels.registry import Case, Kernel
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import T
@@ -24,14 +24,18 @@ def row_loop(case: Case, width: int) -> Any:
 
 def _rms_norm(case: Case, target: Target) -> Any:
     """x * rsqrt(mean(x^2) + eps) * (weight + weight_offset)  (Zhang and Sennrich 2019, eq. 4)."""
-    m, C, dtype = tm.rows(case, "m"), int(case["channels"]), case.dtype
-    eps, offset = float(case["eps"]), float(case.get("weight_offset", 0.0))
-    has_weight = bool(case.get("has_weight", True))
+    p = NormParams.of(case)
+    m, C, dtype, weight_dtype, out_dtype = tm.rows(case, "m"), p.channels, p.dtype, p.weight_dtype, p.out_dtype
+    eps, offset, has_weight = p.eps, p.weight_offset, p.has_weight
     L = tm.lanes(C)
     loop = row_loop(case, C)
 
     @T.prim_func(s_tir=True)
-    def rms_norm(x: T.Buffer((m, C), dtype), weight: T.Buffer((C,), dtype), out: T.Buffer((m, C), dtype)):
+    def rms_norm(
+        x: T.Buffer((m, C), dtype),
+        weight: T.Buffer((C,), weight_dtype),
+        out: T.Buffer((m, C), out_dtype),
+    ):
         for i in loop(m):
             acc = T.alloc_buffer((L,), "float32")
             for v in T.vectorized(L):
@@ -47,31 +51,31 @@ def _rms_norm(case: Case, target: Target) -> Any:
                 for v in T.vectorized(L):
                     if has_weight:
                         out[i, k * L + v] = T.Cast(
-                            dtype,
+                            out_dtype,
                             T.Cast("float32", x[i, k * L + v])
                             * factor
                             * (T.Cast("float32", weight[k * L + v]) + T.float32(offset)),
                         )
                     else:
-                        out[i, k * L + v] = T.Cast(dtype, T.Cast("float32", x[i, k * L + v]) * factor)
+                        out[i, k * L + v] = T.Cast(out_dtype, T.Cast("float32", x[i, k * L + v]) * factor)
 
-    return tm.without_params(rms_norm, () if has_weight else ("weight",))
+    return tm.without_params(rms_norm, p.absent)
 
 
 def _layer_norm(case: Case, target: Target) -> Any:
     """(x - mean) * rsqrt(var + eps) * weight + bias, biased variance in a second pass (Ba et al. 2016, eq. 4)."""
-    m, C, dtype = tm.rows(case, "m"), int(case["channels"]), case.dtype
-    eps = float(case["eps"])
-    has_weight, has_bias = bool(case.get("has_weight", True)), bool(case.get("has_bias", True))
+    p = NormParams.of(case)
+    m, C, dtype, weight_dtype, out_dtype = tm.rows(case, "m"), p.channels, p.dtype, p.weight_dtype, p.out_dtype
+    eps, has_weight, has_bias = p.eps, p.has_weight, p.has_bias
     L = tm.lanes(C)
     loop = row_loop(case, C)
 
     @T.prim_func(s_tir=True)
     def layer_norm(
         x: T.Buffer((m, C), dtype),
-        weight: T.Buffer((C,), dtype),
-        bias: T.Buffer((C,), dtype),
-        out: T.Buffer((m, C), dtype),
+        weight: T.Buffer((C,), weight_dtype),
+        bias: T.Buffer((C,), weight_dtype),
+        out: T.Buffer((m, C), out_dtype),
     ):
         for i in loop(m):
             acc = T.alloc_buffer((L,), "float32")
@@ -106,13 +110,12 @@ def _layer_norm(case: Case, target: Target) -> Any:
                     for v in T.vectorized(L):
                         y[v] = y[v] + T.Cast("float32", bias[k * L + v])
                 for v in T.vectorized(L):
-                    out[i, k * L + v] = T.Cast(dtype, y[v])
+                    out[i, k * L + v] = T.Cast(out_dtype, y[v])
 
-    absent = [name for name, present in (("weight", has_weight), ("bias", has_bias)) if not present]
-    return tm.without_params(layer_norm, absent)
+    return tm.without_params(layer_norm, p.absent)
 
 
 KERNELS = (
-    Kernel("cpu.rms_norm", "rms_norm", lambda case, target: refuse_dtype(case), _rms_norm),
-    Kernel("cpu.layer_norm", "layer_norm", lambda case, target: refuse_dtype(case), _layer_norm),
+    Kernel("cpu.rms_norm", "rms_norm", lambda case, target: refuse_norm(case), _rms_norm),
+    Kernel("cpu.layer_norm", "layer_norm", lambda case, target: refuse_norm(case), _layer_norm),
 )

@@ -79,14 +79,26 @@ def _poison(shape: Sequence[int], dtype: str) -> np.ndarray:
     return np.full(shape, np.nan, dtype) if dtype.startswith("float") else np.full(shape, -77, dtype)
 
 
-def _norm(op: str, dtype: str, rows: int | None, channels: int, weight: bool, bias: bool, offset: float) -> OpCase:
+def _norm(
+    op: str,
+    dtype: str,
+    rows: int | None,
+    channels: int,
+    weight: bool,
+    bias: bool,
+    offset: float,
+    weight_dtype: str | None = None,
+    out_dtype: str | None = None,
+) -> OpCase:
+    weight_dtype, out_dtype = weight_dtype or dtype, out_dtype or dtype
     attrs = {"channels": channels, "eps": 1e-5, "has_weight": weight}
     attrs |= {"weight_offset": offset} if op == "rms_norm" else {"has_bias": bias}
+    attrs |= {"weight_dtype": weight_dtype, "out_dtype": out_dtype}
 
     def make(rng: np.random.Generator, n: int) -> Arguments:
         x = _normal(rng, (n, channels), dtype, 2.0) + np.asarray(0.5, dtype)
-        parameters = [_normal(rng, (channels,), dtype) for present in (weight, bias) if present]
-        return [x, *parameters, _poison((n, channels), dtype)]
+        parameters = [_normal(rng, (channels,), weight_dtype) for present in (weight, bias) if present]
+        return [x, *parameters, _poison((n, channels), out_dtype)]
 
     def expect(a: Arguments) -> Mapping[int, np.ndarray]:
         w = a[1] if weight else None
@@ -94,8 +106,9 @@ def _norm(op: str, dtype: str, rows: int | None, channels: int, weight: bool, bi
             return {len(a) - 1: reference.rms_norm(a[0], w, 1e-5, offset)}
         return {len(a) - 1: reference.layer_norm(a[0], w, a[-2] if bias else None, 1e-5)}
 
-    name = f"{op}-{dtype}-{rows}-c{channels}-w{weight:d}b{bias:d}o{offset:g}"
-    return _op(name, op, dtype, rows, attrs, make, expect)
+    mixture = "" if {weight_dtype, out_dtype} == {dtype} else f"-{weight_dtype}-{out_dtype}"
+    name = f"{op}-{dtype}{mixture}-{rows}-c{channels}-w{weight:d}b{bias:d}o{offset:g}"
+    return _op(name, op, dtype, rows, attrs, make, expect, _TOLERANCE[out_dtype])
 
 
 def _op(name, op, dtype, rows, attrs, make, expect, tolerance=None) -> OpCase:
@@ -336,6 +349,21 @@ def norm_cases(dtype: str) -> list[OpCase]:
     ]
 
 
+def mixed_norm_cases() -> list[OpCase]:
+    """Norms that end a float32 residual stream in half precision, and those that return to it."""
+    full, half = "float32", "float16"
+    return [
+        _norm("rms_norm", full, None, 576, True, False, 0.0, full, half),
+        _norm("rms_norm", full, 1, 4096, True, False, 1.0, half, half),
+        _norm("rms_norm", half, 3, 100, True, False, 1.0, full, full),
+        _norm("rms_norm", half, None, 64, True, False, 0.0, full, half),
+        _norm("rms_norm", full, None, 33, False, False, 0.0, full, half),
+        _norm("layer_norm", full, None, 768, True, True, 0.0, full, half),
+        _norm("layer_norm", half, 3, 50, True, True, 0.0, full, full),
+        _norm("layer_norm", full, 1, 6000, True, False, 0.0, half, half),
+    ]
+
+
 def rotary_cases(dtype: str) -> list[OpCase]:
     """Both pairings, full and partial rotary dimension."""
     return [
@@ -405,4 +433,4 @@ def op_cases(dtype: str) -> list[OpCase]:
     """Every case for one activation type."""
     cases = [*norm_cases(dtype), *rotary_cases(dtype), *gated_cases(dtype), *expert_cases(dtype)]
     cases += attention_cases(dtype)
-    return [*cases, *sampling_cases()] if dtype == "float32" else cases
+    return [*cases, *mixed_norm_cases(), *sampling_cases()] if dtype == "float32" else cases

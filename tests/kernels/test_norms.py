@@ -5,26 +5,36 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gpu.cases_ops import mismatch, norm_cases
+from gptq_compile.kernels.norm_params import refuse_norm
+from gptq_compile.kernels.registry import Case
+from tests.gpu.cases_ops import mismatch, mixed_norm_cases, norm_cases
 from tests.kernels import op_runner
 
 CASES = [*norm_cases("float32"), *norm_cases("float16")]
+MIXED = mixed_norm_cases()
 
 
-@pytest.mark.parametrize("op_case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("op_case", [*CASES, *MIXED], ids=lambda c: c.name)
 def test_cpu_matches_float64(op_case):
     op_runner.check_cpu(op_case)
 
 
 @op_runner.needs_gxx
-@pytest.mark.parametrize("op_case", [CASES[1], CASES[3], CASES[13], CASES[15]], ids=lambda c: c.name)
+@pytest.mark.parametrize("op_case", [CASES[1], CASES[3], CASES[13], CASES[15], *MIXED], ids=lambda c: c.name)
 def test_cuda_source_matches_float64(op_case, tmp_path):
-    op_runner.check_emulated(op_case, op_case.case.rows, tmp_path)
+    op_runner.check_emulated(op_case, op_case.case.rows or 3, tmp_path)
 
 
 @op_runner.needs_nvcc
 def test_cuda_machine_code(tmp_path):
-    op_runner.check_nvcc([CASES[1], CASES[2], CASES[8], CASES[12]], tmp_path)
+    op_runner.check_nvcc([CASES[1], CASES[2], CASES[8], CASES[12], *MIXED[:4], *MIXED[6:]], tmp_path)
+
+
+@pytest.mark.parametrize("what", ["weight_dtype", "out_dtype"])
+def test_other_types_are_refused_by_name(what):
+    case = Case.make("rms_norm", "float32", None, channels=64, eps=1e-5, **{what: "bfloat16"})
+    name = {"weight_dtype": "weights", "out_dtype": "outputs"}[what]
+    assert str(refuse_norm(case)) == f"{name} are bfloat16; this kernel is written for float32 and float16"
 
 
 def test_a_poisoned_element_is_an_error():
