@@ -151,8 +151,8 @@ def paged_attention(
     ``0 .. positions[t]`` of its own sequence.
 
     Shapes: q, k, v as in :func:`attention`; k_cache ``[pages, kv_heads, page_size, head_dim]`` and v_cache likewise
-    (both written in place); positions ``[n]`` or ``[1, n]``, seq_of_token, slots ``[n]``, integers; page_table ``[sequences, pages_per_seq]``
-    int32. ``slots[t] = page * page_size + offset``.
+    (both written in place); positions ``[n]`` or ``[1, n]``, seq_of_token, slots ``[n]``,
+    integers; page_table ``[sequences, pages_per_seq]`` int32. ``slots[t] = page * page_size + offset``.
     """
     page_size = k_cache.shape[2]
     positions = positions.reshape(-1)
@@ -179,30 +179,43 @@ def _(q, k, v, k_cache, v_cache, positions, seq_of_token, slots, page_table, sca
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0) -> Tensor:
-    """``x * rsqrt(mean(x^2) + eps) * (weight + weight_offset)`` over the last axis, in float32 (arXiv 1910.07467)."""
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x * rsqrt(mean(x^2) + eps) * (weight + weight_offset)`` over the last axis, in float32 (arXiv 1910.07467).
+
+    ``x`` and ``weight`` may have different types; the result has ``out_dtype``, by default that of ``x``.
+    """
     xf = x.float()
     out = xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         out = out * (weight.float() + weight_offset)
-    return out.to(x.dtype)
+    return out.to(x.dtype if out_dtype is None else out_dtype)
 
 
 @rms_norm.register_fake
-def _(x, weight, eps, weight_offset=0.0):
-    return x.new_empty(x.shape)
+def _(x, weight, eps, weight_offset=0.0, *, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm", mutates_args=())
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer normalization over the last axis, in float32 (arXiv 1607.06450)."""
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Layer normalization over the last axis, in float32 (arXiv 1607.06450); types as in :func:`rms_norm`."""
     as_float = [None if t is None else t.float() for t in (weight, bias)]
-    return F.layer_norm(x.float(), x.shape[-1:], as_float[0], as_float[1], eps).to(x.dtype)
+    out = F.layer_norm(x.float(), x.shape[-1:], as_float[0], as_float[1], eps)
+    return out.to(x.dtype if out_dtype is None else out_dtype)
 
 
 @layer_norm.register_fake
-def _(x, weight, bias, eps):
-    return x.new_empty(x.shape)
+def _(x, weight, bias, eps, *, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rotary_embedding", mutates_args=())
@@ -353,8 +366,8 @@ def expert_linear(
 
     Both layers of a mixture of experts are this op (arXiv 2101.03961 section 2.1).
 
-    Shapes: x ``[..., K]``; weight ``[experts, N, K]``, or ``[experts, K, N]`` if ``transposed``; expert int64 ``[...]``;
-    bias ``[experts, N]``; result ``[..., N]``.
+    Shapes: x ``[..., K]``; weight ``[experts, N, K]``, or ``[experts, K, N]`` if ``transposed``; expert int64
+    ``[...]``; bias ``[experts, N]``; result ``[..., N]``.
     """
     rows, ids = x.reshape(-1, x.shape[-1]), expert.reshape(-1)
     out = x.new_empty((rows.shape[0], weight.shape[-1 if transposed else 1]))
