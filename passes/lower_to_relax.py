@@ -22,6 +22,7 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.passes import lower_experts
 from gptq_compile.passes.dialect import packed_case
 from gptq_compile.passes.evaluate import PAGE_SIZE
+from gptq_compile.passes.lower_sampling import add_sampling_entries
 from gptq_compile.passes.program import Program, where
 
 ops = torch.ops.gptq_compile
@@ -70,7 +71,7 @@ def lower_to_relax(
         lowered.decode[batch] = f"decode_{batch}"
         _Entry(program, builder, emitter, batch).build(lowered.decode[batch])
     if sampling:
-        _sampling_entries(program, builder, emitter)
+        add_sampling_entries(program, builder, emitter)
     lowered.module = builder.get()
     return lowered
 
@@ -309,7 +310,7 @@ def _rms_norm(entry: _Entry, node: fx.Node) -> Any:
     c = int(x.meta["val"].shape[-1])
     case = lambda rows: Case.make(  # noqa: E731
         "rms_norm", _dtype(x), rows, channels=c, eps=float(eps), has_weight=weight is not None,
-        weight_offset=float(offset[0]) if offset else 0.0, **_norm_dtypes(node, weight),
+        weight_offset=float(offset[0]) if offset else 0.0,
     )  # fmt: skip
     return entry.emit_rows(node, case, x, [weight], c)
 
@@ -325,14 +326,8 @@ def _layer_norm(entry: _Entry, node: fx.Node) -> Any:
         eps=float(eps),
         has_weight=weight is not None,
         has_bias=bias is not None,
-        **_norm_dtypes(node, weight if weight is not None else bias),
     )
     return entry.emit_rows(node, case, x, [weight, bias], c)
-
-
-def _norm_dtypes(node: fx.Node, parameter: fx.Node | None) -> dict[str, str]:
-    """The types of a norm's result and parameters; its statistics are float32 and its input speaks for itself."""
-    return {"out_dtype": _dtype(node), "weight_dtype": _dtype(parameter if parameter is not None else node.args[0])}
 
 
 def _rotary(entry: _Entry, node: fx.Node) -> Any:
@@ -397,42 +392,3 @@ _RULES: dict[Any, Callable[[_Entry, fx.Node], Any]] = {
     ops.paged_attention.default: _paged_attention,
     **lower_experts.RULES,
 }
-
-
-def _sampling_entries(program: Program, builder: Any, kernels: _Kernels) -> None:
-    """Adds ``sample``, ``repetition_penalty``, ``mark_seen`` and ``advance``."""
-    from gptq_compile.kernels.tvm_env import relax, tvm
-
-    vocab = program.info.vocab_size
-
-    def entry(name: str, arguments: dict[str, tuple[list[Any], str]], emit: Callable[[list[Any]], Any]) -> None:
-        params = [relax.Var(n, relax.TensorType(shape, dtype)) for n, (shape, dtype) in arguments.items()]
-        with builder.function(name, params):
-            with builder.dataflow():
-                out = builder.emit_output(emit(params))
-            builder.emit_func_output(out)
-
-    b, p = tvm.tirx.Var("b", "int64"), tvm.tirx.Var("p", "int64")
-    case = lambda op: Case.make(op, "float32", None, vocab_size=vocab)  # noqa: E731
-    f32, i32 = ([b], "float32"), ([b], "int32")
-    entry(
-        "sample",
-        {"logits": ([b, vocab], "float32"), "temperature": f32, "top_k": i32, "top_p": f32, "min_p": f32, "seeds": i32,
-         "positions": i32},
-        lambda a: kernels.call(case("sample"), a, [b], "int32"),
-    )  # fmt: skip
-    entry(
-        "repetition_penalty",
-        {"logits": ([b, vocab], "float32"), "seen": ([b, vocab], "uint8"), "penalty": f32},
-        lambda a: kernels.call_inplace(case("repetition_penalty"), a, [0]),
-    )
-    entry(
-        "mark_seen",
-        {"seen": ([b, vocab], "uint8"), "tokens": i32},
-        lambda a: kernels.call_inplace(case("mark_seen"), a, [0]),
-    )
-    entry(
-        "advance",
-        {"tokens": i32, "page_table": ([b, p], "int32"), "input_ids": i32, "positions": i32, "slots": i32},
-        lambda a: kernels.call_inplace(Case.make("advance", "float32", None, page_size=PAGE_SIZE), a, [2, 3, 4]),
-    )

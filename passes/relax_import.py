@@ -12,6 +12,7 @@ from torch import fx
 
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.tvm_env import relax
+from gptq_compile.passes import relax_indexing
 from gptq_compile.passes.program import where
 
 # isort: split
@@ -289,6 +290,7 @@ _RULES: dict[Any, Callable[[Importer, fx.Node], Any]] = {
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
     aten.mm.default: _matmul,
+    **relax_indexing.RULES,
 }
 for _op in (
     aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
