@@ -310,7 +310,7 @@ def _rms_norm(entry: _Entry, node: fx.Node) -> Any:
     c = int(x.meta["val"].shape[-1])
     case = lambda rows: Case.make(  # noqa: E731
         "rms_norm", _dtype(x), rows, channels=c, eps=float(eps), has_weight=weight is not None,
-        weight_offset=float(offset[0]) if offset else 0.0,
+        weight_offset=float(offset[0]) if offset else 0.0, **_norm_dtypes(node, weight),
     )  # fmt: skip
     return entry.emit_rows(node, case, x, [weight], c)
 
@@ -326,8 +326,14 @@ def _layer_norm(entry: _Entry, node: fx.Node) -> Any:
         eps=float(eps),
         has_weight=weight is not None,
         has_bias=bias is not None,
+        **_norm_dtypes(node, weight if weight is not None else bias),
     )
     return entry.emit_rows(node, case, x, [weight, bias], c)
+
+
+def _norm_dtypes(node: fx.Node, parameter: fx.Node | None) -> dict[str, str]:
+    """The types of a norm's result and parameters; its statistics are float32 and its input speaks for itself."""
+    return {"out_dtype": _dtype(node), "weight_dtype": _dtype(parameter if parameter is not None else node.args[0])}
 
 
 def _rotary(entry: _Entry, node: fx.Node) -> Any:
