@@ -277,7 +277,8 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
 
 def _note_experts(program: Program, dtype: str, progress: Progress) -> None:
     """Says which weights the plan leaves as they are, where a model mostly consists of them."""
-    used = {n.args[1] for n in program.graph.nodes if n.target is torch.ops.gptq_compile.expert_linear.default}
+    nodes: Any = program.graph.nodes
+    used = {n.args[1] for n in nodes if n.target is torch.ops.gptq_compile.expert_linear.default}
     if used:
         count = sum(math.prod(int(d) for d in n.meta["val"].shape) for n in used)
         progress.note(
