@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from benchmarks.quality import parse_setting
-from gptq_compile.api import _write_dequantized
+from gptq_compile.artifact.dequantized import write_dequantized
 from gptq_compile.artifact.writer import ArtifactWriter
 from gptq_compile.frontend.source import load_source
 from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
+from gptq_compile.artifact.dequantized import dequantized_weights
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager
@@ -51,7 +52,7 @@ def main() -> None:
         program = base.clone()
         step = GptqQuantize(QuantizeConfig(**parse_setting(pairs)), calibration, "cuda")
         step.run(program)
-        _write_dequantized(program, source, args.out / f"{skeleton.name}-hf")
+        write_dequantized(source, dequantized_weights(program), args.out / f"{skeleton.name}-hf")
         target = Target.parse(f"{manifest['target']['kind']}:{','.join(manifest['target']['archs'])}")
         PassManager(lowering_passes(target, manifest["dtype"]), validate=False).run(program)
         listed = manifest.pop("weights")
