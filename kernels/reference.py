@@ -69,9 +69,7 @@ def gated_act(gate: Array, up: Array, act: str) -> Array:
     return ACTIVATIONS[act](gate.astype(np.float64)) * up.astype(np.float64)
 
 
-def expert_linear(
-    x: Array, weight: Array, expert: Array, bias: Array | None = None, transposed: bool = False
-) -> Array:
+def expert_linear(x: Array, weight: Array, expert: Array, bias: Array | None = None, transposed: bool = False) -> Array:
     """Returns x[i] @ weight[expert[i]].T + bias[expert[i]] for x[m, K], weight[E, N, K] ([E, K, N] if transposed)."""
     w = weight.astype(np.float64) if transposed else weight.astype(np.float64).swapaxes(1, 2)
     out = np.stack([row @ w[e] for row, e in zip(x.astype(np.float64), expert, strict=True)])
@@ -209,9 +207,7 @@ def mark_seen(seen: Array, tokens: Array) -> Array:
     return seen
 
 
-def advance(
-    tokens: Array, page_table: Array, positions: Array, page_size: int
-) -> tuple[Array, Array, Array]:
+def advance(tokens: Array, page_table: Array, positions: Array, page_size: int) -> tuple[Array, Array, Array]:
     """Returns (input_ids, positions, slots) of the next decode step: sequence i is row i.
 
     A negative token (a row that could not be sampled) becomes input id 0; a position beyond the page table gets

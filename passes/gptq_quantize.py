@@ -329,7 +329,7 @@ def _weight_name(node: fx.Node) -> str:
 
 def _rewrite(program: Program, node: fx.Node, solution: Solution) -> None:
     """Replaces a linear by a ``quant_linear`` on the solution's tensors."""
-    x, weight, *rest = node.args
+    x, _, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")
     name = _weight_name(node)
     tensors = {"codes": solution.codes, "scales": solution.scales, "zeros": solution.zeros, "g_idx": solution.g_idx}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``insert_kv_cache``: attention over a whole sequence becomes attention of ragged tokens over a paged cache.
 
-1. The program gains inputs ``seq_of_token [n]``, ``slots [n]``, ``page_table [b, p]`` (int32) and a key and a value cache
-   a layer, ``[pages, kv_heads, page_size, head_dim]``.
+1. The program gains inputs ``seq_of_token [n]``, ``slots [n]``, ``page_table [b, p]`` (int32) and a key and a value
+   cache a layer, ``[pages, kv_heads, page_size, head_dim]``.
 2. Each ``attention`` becomes ``paged_attention`` on its layer's caches.
 3. The selection of ``logit_rows`` moves up through everything that works row by row, so that only the rows asked for
    reach lm_head.

@@ -69,7 +69,8 @@ class PassManager:
         passes: the pipeline.
         validate: run the program's reference before and after every meaning-preserving pass on the same tokens and
             compare the logits. Costs two short forward passes a pass.
-        dump_ir: folder for ``NN_after_<pass>.txt`` dumps (and ``00_input.txt``); numbering starts after ``first_index``.
+        dump_ir: folder for ``NN_after_<pass>.txt`` dumps (and ``00_input.txt``).
+        first_index: passes that ran before, so that dumps are numbered on.
         stop_after: name of the last pass to run.
         reproducer: folder to write when a pass fails: the IR before it, the error and the pipeline.
         on_pass: called with the name of each pass before it starts.

@@ -3,8 +3,8 @@
 
 1. Assertions, aliases, copies, evaluation-mode dropout, and casts, views, expands and slices that change nothing go;
    ``view`` becomes ``reshape``, which has no opinion on strides.
-2. A product with a parameter becomes ``aten.linear``: Conv1D's ``addmm`` (weight stored ``[K, N]``), ``matmul``, ``mm``;
-   a transposed weight becomes a parameter of its own that is transposed when it is read.
+2. A product with a parameter becomes ``aten.linear``: Conv1D's ``addmm`` (weight ``[K, N]``), ``matmul``, ``mm``; a
+   transposed weight becomes a parameter of its own that is transposed when it is read.
 3. Two transposes that undo each other go.
 4. Small integer powers become products.
 5. What depends on parameters alone and is not larger than them is folded into a parameter, evaluated when it is read.

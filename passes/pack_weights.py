@@ -45,7 +45,7 @@ class PackWeights(Pass):
         return changed
 
     def _pack(self, program: Program, node: fx.Node, gathers: dict) -> None:
-        x, codes, scales, zeros, g_idx, bias, bits, group = node.args
+        x, codes, _, zeros, g_idx, bias, bits, group = node.args
         params = program.params
         base = codes.meta["param"].removesuffix(".codes")
         out_features, in_features = params.shape(codes.meta["param"])

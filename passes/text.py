@@ -19,7 +19,7 @@ _SHORT = {
 def to_text(program: Program) -> str:
     """One line a node: ``%name: f32[1, n, 64] = op(args)  # module``, parameters by name.
 
-    Symbolic dimensions are printed as ``n`` (tokens), ``m`` (rows of logits) and further letters in order of appearance.
+    Symbolic dimensions are printed as ``n`` (tokens), ``m`` (rows of logits) and further letters in order.
     """
     symbols: dict[str, str] = {}
     for node in program.inputs:

@@ -259,9 +259,9 @@ def _prefill(case: Case, target: Target) -> Any:
                     l[r] = T.float32(0)
                     for i in range(D // QL):
                         for v in T.vectorized(QL):
-                            queries[r, i * QL + v] = T.Cast(
-                                "float32", q[token, h * G + r % G, i * QL + v]
-                            ) * T.float32(p.scale)
+                            queries[r, i * QL + v] = T.Cast("float32", q[token, h * G + r % G, i * QL + v]) * T.float32(
+                                p.scale
+                            )
                     for i in range(Dv // VL):
                         for v in T.vectorized(VL):
                             o[r, i * VL + v] = T.float32(0)

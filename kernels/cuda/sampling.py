@@ -329,9 +329,7 @@ def _advance(case: Case, target: Target) -> Any:
                     positions[block * WARP + tx] = following
                     slots[block * WARP + tx] = -1
                     if following // P < pages:
-                        slots[block * WARP + tx] = (
-                            page_table[block * WARP + tx, following // P] * P + following % P
-                        )
+                        slots[block * WARP + tx] = page_table[block * WARP + tx, following // P] * P + following % P
 
     return advance
 

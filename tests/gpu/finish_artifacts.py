@@ -19,12 +19,11 @@ import numpy as np
 import torch
 
 from benchmarks.quality import parse_setting
-from gptq_compile.artifact.dequantized import write_dequantized
+from gptq_compile.artifact.dequantized import dequantized_weights, write_dequantized
 from gptq_compile.artifact.writer import ArtifactWriter
 from gptq_compile.frontend.source import load_source
 from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
-from gptq_compile.artifact.dequantized import dequantized_weights
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager

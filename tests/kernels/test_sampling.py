@@ -122,9 +122,7 @@ def test_kept_tokens_are_those_of_hugging_face(setting):
     scores = logits
     for warper in warpers:
         scores = warper(None, scores)
-    keep = reference.sampling_keep(
-        logits[0].numpy(), setting.temperature, setting.top_k, setting.top_p, setting.min_p
-    )
+    keep = reference.sampling_keep(logits[0].numpy(), setting.temperature, setting.top_k, setting.top_p, setting.min_p)
     assert (keep != torch.isfinite(scores[0]).numpy()).sum() == 0
 
 

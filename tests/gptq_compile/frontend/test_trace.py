@@ -65,5 +65,5 @@ def test_mask_predicates_are_classified() -> None:
 
 
 def test_chunked_attention_is_refused_in_words() -> None:
-    with pytest.raises(ModelError, match="llama4_text model cannot be traced.*masks attention by a rule"):
+    with pytest.raises(ModelError, match=r"llama4_text model cannot be traced.*masks attention by a rule"):
         trace(tiny_config("llama4_text"), param_store(tiny_model("llama4_text")))
