@@ -264,3 +264,8 @@ def cancel_transposes(program: Program) -> bool:
             replace(node, inner[0])
             changed = True
     return changed
+
+
+def with_defaults(args: Any, defaults: list[Any]) -> list[Any]:
+    """Positional arguments filled up to ``len(defaults)`` with the defaults of those left out."""
+    return [*args, *defaults[len(args) :]]

@@ -10,7 +10,7 @@ Layouts are token-major: activations are ``[1, n, channels]`` and attention head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 NAMESPACE = "gptq_compile"
 _QUERY_BLOCK = 256  # queries handled at once by the reference attention: bounds its [heads, block, n] scores
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from gptq_compile.errors import CalibrationError, PassError
+from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.importance import downstream_attention, received_attention, token_weights
@@ -35,7 +36,7 @@ from gptq_compile.passes.program import Program, module_path, where
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
 
-Env = dict[fx.Node, Any]
+Env = dict[Node, Any]
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,24 @@ class LinearReport:
 class _Group:
     """Linears that read one value."""
 
-    source: fx.Node
-    linears: list[fx.Node] = field(default_factory=list)
+    source: Node
+    linears: list[Node] = field(default_factory=list)
 
 
 @dataclass
 class _Stage:
     """Groups whose Hessians are collected together, and the stretch of the graph that leads to their inputs."""
 
-    nodes: list[fx.Node]
+    nodes: list[Node]
     groups: list[_Group]
     rerun: bool  # whether the stretch contains the groups' own linears, so that it must run again quantized
 
 
-def quantizable(program: Program, include_head: bool) -> list[fx.Node]:
+def quantizable(program: Program, include_head: bool) -> list[Node]:
     """The linears to quantize, in graph order."""
     graph = program.graph
     users_first = list(reversed(graph.nodes))
-    feeds: dict[fx.Node, bool] = {}  # does a linear or attention depend on the node?
+    feeds: dict[Node, bool] = {}  # does a linear or attention depend on the node?
     for node in users_first:
         feeds[node] = any(
             feeds.get(u, False) or u.target in (aten.linear.default, ops.attention.default) for u in node.users
@@ -92,7 +93,7 @@ def quantizable(program: Program, include_head: bool) -> list[fx.Node]:
     return chosen
 
 
-def _only_routes(node: fx.Node) -> bool:
+def _only_routes(node: Node) -> bool:
     """Whether everything computed from a linear goes through a top-k before the next linear."""
     seen, todo, found = set(), list(node.users), False
     while todo:
@@ -145,7 +146,7 @@ class GptqQuantize(Pass):
         for node in linears:
             self.config.validate_for_layer(int(node.args[1].meta["val"].shape[1]), _weight_name(node))
         self.total = len({n.args[1] for n in linears})
-        solutions: dict[fx.Node, Solution] = {}
+        solutions: dict[Node, Solution] = {}
         if self.config.method == "rtn":
             for node in linears:
                 if node.args[1] not in solutions:
@@ -160,12 +161,12 @@ class GptqQuantize(Pass):
         program.attrs["quantization"] = [asdict(r) for r in self.reports]
         return True
 
-    def _weight(self, program: Program, node: fx.Node) -> Tensor:
+    def _weight(self, program: Program, node: Node) -> Tensor:
         return program.params.get(node.args[1].meta["param"]).to(self.device, torch.float32)
 
     # -- the walk
 
-    def _calibrated(self, program: Program, linears: list[fx.Node], solutions: dict[fx.Node, Solution]) -> None:
+    def _calibrated(self, program: Program, linears: list[Node], solutions: dict[Node, Solution]) -> None:
         assert self.calibration is not None
         stages = _stages(program, linears, self.config.sequential)
         runner = _Runner(program, self.device)
@@ -198,14 +199,14 @@ class GptqQuantize(Pass):
         given = {"input_ids": ids.reshape(1, n).to(self.device), "position_ids": span.reshape(1, n), "logit_rows": span}
         return {node: given[node.name] for node in program.inputs}
 
-    def _token_weights(self, program: Program, runner: _Runner) -> Callable[[fx.Node, int], Tensor | None]:
+    def _token_weights(self, program: Program, runner: _Runner) -> Callable[[Node, int], Tensor | None]:
         """Runs the original model once and returns the token weights of a group's input in a sequence."""
         if self.config.token_weighting == "none":
             return lambda source, sequence: None
         assert self.calibration is not None
         reach = downstream_attention(program)
         attention = [n for n in program.graph.nodes if n.target is ops.attention.default]
-        received: list[dict[fx.Node, Tensor]] = [{} for _ in self.calibration]
+        received: list[dict[Node, Tensor]] = [{} for _ in self.calibration]
         states = [self._inputs(program, ids) for ids in self.calibration]
         order = [n for n in program.graph.nodes if n.op == "call_function"]
         start = 0
@@ -224,7 +225,7 @@ class GptqQuantize(Pass):
             start = stop
         return lambda source, sequence: token_weights(received[sequence], reach[source], self.config.token_strength)
 
-    def _solve(self, program: Program, group: _Group, hessian: Hessian, solutions: dict[fx.Node, Solution]) -> None:
+    def _solve(self, program: Program, group: _Group, hessian: Hessian, solutions: dict[Node, Solution]) -> None:
         todo = [n for n in group.linears if n.args[1] not in solutions]
         if not todo:
             return
@@ -236,7 +237,7 @@ class GptqQuantize(Pass):
         for node, part in zip(todo, solution.split(rows), strict=True):
             self._store(node, part, solutions)
 
-    def _store(self, node: fx.Node, solution: Solution, solutions: dict[fx.Node, Solution]) -> None:
+    def _store(self, node: Node, solution: Solution, solutions: dict[Node, Solution]) -> None:
         solutions[node.args[1]] = solution
         stats = solution.stats
         rows, columns = (int(d) for d in node.args[1].meta["val"].shape)
@@ -266,20 +267,20 @@ class _Runner:
         self.program = program
         self.interpreter = Interpreter(program, device, torch.float32)
 
-    def load(self, nodes: list[fx.Node], overrides: dict[fx.Node, Tensor]) -> Env:
+    def load(self, nodes: list[Node], overrides: dict[Node, Tensor]) -> Env:
         """The parameters that ``nodes`` read; ``overrides`` replaces some."""
         needed = {a for n in nodes for a in n.all_input_nodes if "param" in a.meta}
         return {p: overrides[p] if p in overrides else self.interpreter.param(p) for p in needed}
 
-    def run(self, state: Env, nodes: list[fx.Node], live: Iterable[fx.Node], loaded: Env) -> Env:
+    def run(self, state: Env, nodes: list[Node], live: Iterable[Node], loaded: Env) -> Env:
         env = {**state, **loaded}
         made = set(nodes)
         want = [n for n in live if n in made or n in state]
         return self.interpreter.run(env, want, nodes)
 
 
-def _stages(program: Program, linears: list[fx.Node], sequential: str) -> list[_Stage]:
-    groups: dict[fx.Node, _Group] = {}
+def _stages(program: Program, linears: list[Node], sequential: str) -> list[_Stage]:
+    groups: dict[Node, _Group] = {}
     for node in linears:
         groups.setdefault(node.args[0], _Group(node.args[0])).linears.append(node)
     order = [n for n in program.graph.nodes if n.op == "call_function"]
@@ -305,17 +306,17 @@ def _stages(program: Program, linears: list[fx.Node], sequential: str) -> list[_
     return stages
 
 
-def _own(stage: _Stage) -> list[fx.Node]:
+def _own(stage: _Stage) -> list[Node]:
     return [n for g in stage.groups for n in g.linears]
 
 
-def _live(later: list[fx.Node]) -> set[fx.Node]:
+def _live(later: list[Node]) -> set[Node]:
     """Values that ``later`` reads and does not make; parameters are loaded anew."""
     made = set(later)
     return {a for n in later for a in n.all_input_nodes if a not in made and "param" not in a.meta}
 
 
-def _weights_of(nodes: list[fx.Node]) -> list[fx.Node]:
+def _weights_of(nodes: list[Node]) -> list[Node]:
     return [n.args[1] for n in nodes if n.target is aten.linear.default]
 
 
@@ -323,11 +324,11 @@ def _features(group: _Group) -> int:
     return int(group.source.meta["val"].shape[-1])
 
 
-def _weight_name(node: fx.Node) -> str:
+def _weight_name(node: Node) -> str:
     return node.args[1].meta["param"]
 
 
-def _rewrite(program: Program, node: fx.Node, solution: Solution) -> None:
+def _rewrite(program: Program, node: Node, solution: Solution) -> None:
     """Replaces a linear by a ``quant_linear`` on the solution's tensors."""
     x, _, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")

@@ -10,6 +10,7 @@ import torch
 
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.registry import Case
+from gptq_compile.passes.common import with_defaults
 from gptq_compile.passes.program import where
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ def _dtype(node: Any) -> str:
 
 def _expert_linear(entry: Any, node: Any) -> Any:
     x, weight, expert, *rest = node.args
-    bias, transposed = [*rest, *[None, False][len(rest) :]]
+    bias, transposed = with_defaults(rest, [None, False])
     experts, a, b = (int(d) for d in weight.meta["val"].shape)
     n, k = (b, a) if transposed else (a, b)
     value, rows = entry.flat(x)

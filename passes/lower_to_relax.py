@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.registry import Case, Selection, select
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes import lower_experts
+from gptq_compile.passes.common import Node, with_defaults
 from gptq_compile.passes.dialect import packed_case
 from gptq_compile.passes.evaluate import PAGE_SIZE
 from gptq_compile.passes.lower_sampling import add_sampling_entries
@@ -140,7 +140,7 @@ class _Entry:
         if caches:
             self.symbols[str(caches[0].meta["val"].shape[0])] = var("pages")
 
-    def _cache_nodes(self) -> list[fx.Node]:
+    def _cache_nodes(self) -> list[Node]:
         inputs = self.program.inputs
         return inputs[[n.name for n in inputs].index("page_table") + 1 :]
 
@@ -165,7 +165,7 @@ class _Entry:
             return total
         raise PassError(f"The size {expr} has no translation.")
 
-    def shape(self, node: fx.Node) -> list[Any]:
+    def shape(self, node: Node) -> list[Any]:
         """The shape of a node's value."""
         return [self.dim(s) for s in node.meta["val"].shape]
 
@@ -206,7 +206,7 @@ class _Entry:
                 out = self.builder.emit_output(logits)
             self.builder.emit_func_output(out)
 
-    def _bind(self, params: list[Any], caches: list[fx.Node], weights: list[fx.Node]) -> None:
+    def _bind(self, params: list[Any], caches: list[Node], weights: list[Node]) -> None:
         from gptq_compile.kernels.tvm_env import relax
 
         ids, positions, seq_of_token, slots, page_table, rows, cache_tuple, weight_tuple = params
@@ -225,7 +225,7 @@ class _Entry:
         for i, node in enumerate(weights):
             self.env[node] = emit(relax.TupleGetItem(weight_tuple, i))
 
-    def _lower(self, node: fx.Node) -> None:
+    def _lower(self, node: Node) -> None:
         if node in self.env:
             return  # computed together with its operand
         rule = _RULES.get(node.target)
@@ -243,7 +243,7 @@ class _Entry:
 
     # -- helpers for the rules
 
-    def flat(self, node: fx.Node, trailing: int = 1) -> Any:
+    def flat(self, node: Node, trailing: int = 1) -> Any:
         """The value with its leading axes merged into one, keeping the last ``trailing``."""
         from gptq_compile.kernels.tvm_env import relax
 
@@ -253,14 +253,12 @@ class _Entry:
             rows = d if isinstance(rows, int) and rows == 1 else rows * d
         return self.builder.emit(relax.op.reshape(self.env[node], [rows, *shape[len(shape) - trailing :]])), rows
 
-    def shaped(self, value: Any, node: fx.Node) -> Any:
+    def shaped(self, value: Any, node: Node) -> Any:
         from gptq_compile.kernels.tvm_env import relax
 
         return self.builder.emit(relax.op.reshape(value, self.shape(node)))
 
-    def emit_rows(
-        self, node: fx.Node, case: Callable[..., Case], x: fx.Node, extra: list[fx.Node | None], width: int
-    ) -> Any:
+    def emit_rows(self, node: Node, case: Callable[..., Case], x: Node, extra: list[Node | None], width: int) -> Any:
         """Runs a row kernel ``(x[m, C], extra..., out[m, width])`` and restores the node's shape."""
         value, rows = self.flat(x)
         args = [value] + [self.env[e] for e in extra if e is not None]
@@ -268,11 +266,11 @@ class _Entry:
         return self.shaped(self.kernels.call(made, args, [rows, width], _dtype(node)), node)
 
 
-def _dtype(node: fx.Node) -> str:
+def _dtype(node: Node) -> str:
     return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
-def _linear(entry: _Entry, node: fx.Node) -> Any:
+def _linear(entry: _Entry, node: Node) -> Any:
     x, weight, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")
     n, k = (int(d) for d in weight.meta["val"].shape)
@@ -290,7 +288,7 @@ def _linear(entry: _Entry, node: fx.Node) -> Any:
     return value
 
 
-def _only_widened(node: fx.Node) -> fx.Node | None:
+def _only_widened(node: Node) -> Node | None:
     """The cast to float32 that is the only user of a node, or None."""
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten._to_copy.default and _dtype(users[0]) == "float32":
@@ -298,14 +296,14 @@ def _only_widened(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _packed_linear(entry: _Entry, node: fx.Node) -> Any:
+def _packed_linear(entry: _Entry, node: Node) -> Any:
     x, packed, bias, _, _, bits, group, out_features, has_zeros = node.args
     k = int(x.meta["val"].shape[-1])
     case = lambda rows: packed_case(bits, group, k, out_features, has_zeros, bias is not None, _dtype(x), rows)  # noqa: E731
     return entry.emit_rows(node, case, x, [*packed, bias], out_features)
 
 
-def _rms_norm(entry: _Entry, node: fx.Node) -> Any:
+def _rms_norm(entry: _Entry, node: Node) -> Any:
     x, weight, eps, *offset = node.args
     c = int(x.meta["val"].shape[-1])
     case = lambda rows: Case.make(  # noqa: E731
@@ -315,7 +313,7 @@ def _rms_norm(entry: _Entry, node: fx.Node) -> Any:
     return entry.emit_rows(node, case, x, [weight], c)
 
 
-def _layer_norm(entry: _Entry, node: fx.Node) -> Any:
+def _layer_norm(entry: _Entry, node: Node) -> Any:
     x, weight, bias, eps = node.args
     c = int(x.meta["val"].shape[-1])
     case = lambda rows: Case.make(  # noqa: E731
@@ -331,12 +329,12 @@ def _layer_norm(entry: _Entry, node: fx.Node) -> Any:
     return entry.emit_rows(node, case, x, [weight, bias], c)
 
 
-def _norm_dtypes(node: fx.Node, parameter: fx.Node | None) -> dict[str, str]:
+def _norm_dtypes(node: Node, parameter: Node | None) -> dict[str, str]:
     """The types of a norm's result and parameters; its statistics are float32 and its input speaks for itself."""
     return {"out_dtype": _dtype(node), "weight_dtype": _dtype(parameter if parameter is not None else node.args[0])}
 
 
-def _rotary(entry: _Entry, node: fx.Node) -> Any:
+def _rotary(entry: _Entry, node: Node) -> Any:
     x, cos, sin, *interleaved = node.args
     heads, dim = (int(d) for d in x.meta["val"].shape[-2:])
     value, rows = entry.flat(x, 2)
@@ -349,7 +347,7 @@ def _rotary(entry: _Entry, node: fx.Node) -> Any:
     return entry.shaped(entry.kernels.call(case, [value, *tables], [rows, heads, dim], _dtype(node)), node)
 
 
-def _gated_act(entry: _Entry, node: fx.Node) -> Any:
+def _gated_act(entry: _Entry, node: Node) -> Any:
     gate, up, act = node.args
     width = int(gate.meta["val"].shape[-1])
     flat_up, _ = entry.flat(up)
@@ -358,9 +356,9 @@ def _gated_act(entry: _Entry, node: fx.Node) -> Any:
     return entry.shaped(entry.kernels.call(case, [value, flat_up], [rows, width], _dtype(node)), node)
 
 
-def _paged_attention(entry: _Entry, node: fx.Node) -> Any:
+def _paged_attention(entry: _Entry, node: Node) -> Any:
     q, k, v, k_cache, v_cache, _, seq_of_token, slots, page_table, scale, *rest = node.args
-    window, softcap, sinks, alibi = [*rest, *[0, 0.0, None, None][len(rest) :]]
+    window, softcap, sinks, alibi = with_defaults(rest, [0, 0.0, None, None])
     heads, dim = (int(d) for d in q.meta["val"].shape[-2:])
     kv_heads, v_dim = (int(d) for d in v.meta["val"].shape[-2:])
     rows = entry.batch
@@ -388,7 +386,7 @@ def _paged_attention(entry: _Entry, node: fx.Node) -> Any:
     return entry.shaped(entry.kernels.call(case, args, [n, heads, v_dim], _dtype(node)), node)
 
 
-_RULES: dict[Any, Callable[[_Entry, fx.Node], Any]] = {
+_RULES: dict[Any, Callable[[_Entry, Node], Any]] = {
     aten.linear.default: _linear,
     ops.packed_linear.default: _packed_linear,
     ops.rms_norm.default: _rms_norm,

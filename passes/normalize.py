@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gptq_compile.passes.common import Node
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
 
@@ -41,11 +42,11 @@ _SAME_SHAPE = (
 _MAX_FOLDED = 1 << 24  # elements of one folded value
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...]:
+def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def _replace(node: fx.Node, by: fx.Node) -> None:
+def _replace(node: Node, by: Node) -> None:
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
@@ -104,7 +105,7 @@ class Normalize(Pass):
         for node in list(program.graph.nodes):
             if node.op != "call_function":
                 continue
-            bias: fx.Node | None = None
+            bias: Node | None = None
             if node.target is aten.addmm.default and not node.kwargs:
                 bias, x, weight = node.args  # type: ignore[assignment]
             elif node.target in (aten.mm.default, aten.matmul.default):
@@ -116,7 +117,7 @@ class Normalize(Pass):
                 aten.transpose.int,
                 aten.permute.default,
             )
-            source: fx.Node = weight.args[0] if transposed else weight  # type: ignore[assignment]
+            source: Node = weight.args[0] if transposed else weight  # type: ignore[assignment]
             if "param" not in source.meta or len(_shape(source)) != 2 or (bias is not None and len(_shape(bias)) != 1):
                 continue
             if not transposed:
@@ -181,7 +182,7 @@ class Normalize(Pass):
         return changed
 
     def _fold(self, program: Program) -> bool:
-        constant: dict[fx.Node, int] = {}  # node -> elements of the parameters it is made from
+        constant: dict[Node, int] = {}  # node -> elements of the parameters it is made from
         for node in program.graph.nodes:
             if node.op == "placeholder" and "param" in node.meta:
                 constant[node] = node.meta["val"].numel()
@@ -209,7 +210,7 @@ class Normalize(Pass):
         return changed
 
 
-def transposed_param(program: Program, node: fx.Node) -> fx.Node:
+def transposed_param(program: Program, node: Node) -> Node:
     """The placeholder of a parameter's transpose, called ``<name>.T``; it is transposed when it is read."""
     base = node.meta["param"]
     name = f"{base}.T"
@@ -219,14 +220,14 @@ def transposed_param(program: Program, node: fx.Node) -> fx.Node:
     return program._placeholder(name)
 
 
-def _add_lazy(program: Program, name: str, node: fx.Node) -> None:
+def _add_lazy(program: Program, name: str, node: Node) -> None:
     """Registers the value of a constant expression, evaluated from the store each time it is read."""
     from gptq_compile.passes.interpret import Interpreter
 
-    needed: list[fx.Node] = []
-    seen: set[fx.Node] = set()
+    needed: list[Node] = []
+    seen: set[Node] = set()
 
-    def visit(n: fx.Node) -> None:
+    def visit(n: Node) -> None:
         if n not in seen:
             seen.add(n)
             for i in n.all_input_nodes:
@@ -235,7 +236,7 @@ def _add_lazy(program: Program, name: str, node: fx.Node) -> None:
 
     visit(node)
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[Node, Node] = {}
     for n in needed:
         copies[n] = graph.node_copy(n, copies.__getitem__)
     graph.output((copies[node],))
@@ -250,9 +251,9 @@ def _add_lazy(program: Program, name: str, node: fx.Node) -> None:
     program.params.add(name, tuple(val.shape), val.dtype, load)
 
 
-def _positive_step(node: fx.Node) -> bool:
+def _positive_step(node: Node) -> bool:
     return len(node.args) < 5 or node.args[4] == 1
 
 
-def _is_impure(node: fx.Node) -> bool:
+def _is_impure(node: Node) -> bool:
     return node.op in ("placeholder", "output")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import fx
 
 from gptq_compile.errors import PassError
 from gptq_compile.kernels import layouts
 from gptq_compile.kernels.target import Target
+from gptq_compile.passes.common import Node
 from gptq_compile.passes.dialect import packed_case
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program, where
@@ -33,7 +33,7 @@ class PackWeights(Pass):
 
     def run(self, program: Program) -> bool:
         changed = False
-        gathers: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        gathers: dict[tuple[Node, tuple[int, ...]], Node] = {}
         for node in list(program.graph.nodes):
             if node.op == "call_function" and node.target is ops.quant_linear.default:
                 self._pack(program, node, gathers)
@@ -44,7 +44,7 @@ class PackWeights(Pass):
                     program.graph.erase_node(node)
         return changed
 
-    def _pack(self, program: Program, node: fx.Node, gathers: dict) -> None:
+    def _pack(self, program: Program, node: Node, gathers: dict) -> None:
         x, codes, _, zeros, g_idx, bias, bits, group = node.args
         params = program.params
         base = codes.meta["param"].removesuffix(".codes")

@@ -13,6 +13,7 @@ from torch import fx
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.tvm_env import relax
 from gptq_compile.passes import relax_indexing
+from gptq_compile.passes.common import Node, with_defaults
 from gptq_compile.passes.program import where
 
 # isort: split
@@ -30,13 +31,13 @@ class Importer:
         shape: node -> its shape as TVM integers, from the program's fake values.
     """
 
-    def __init__(self, builder: Any, shape: Callable[[fx.Node], list[Any]]) -> None:
+    def __init__(self, builder: Any, shape: Callable[[Node], list[Any]]) -> None:
         self.builder, self.shape = builder, shape
         self._tvm = ExportedProgramImporter()
         self._tvm.block_builder = builder
-        self.env: dict[fx.Node, Any] = self._tvm.env
+        self.env: dict[Node, Any] = self._tvm.env
 
-    def translate(self, node: fx.Node) -> Any:
+    def translate(self, node: Node) -> Any:
         """The Relax value of a node; its operands are in ``env``.
 
         Raises:
@@ -63,7 +64,7 @@ class Importer:
             out = self._typed(out, node)
         return out
 
-    def _typed(self, out: Any, node: fx.Node) -> Any:
+    def _typed(self, out: Any, node: Node) -> Any:
         """Casts to the dtype that the program says: the importer promotes some mixtures its own way."""
         want = str(node.meta["val"].dtype).removeprefix("torch.")
         if str(out.ty.dtype.dtype if hasattr(out.ty.dtype, "dtype") else out.ty.dtype) != want:
@@ -82,16 +83,16 @@ class Importer:
         return relax.const(arg, name)
 
 
-def _reshape(i: Importer, node: fx.Node) -> Any:
+def _reshape(i: Importer, node: Node) -> Any:
     return i.emit(relax.op.reshape(i.env[node.args[0]], i.shape(node)))
 
 
-def _expand(i: Importer, node: fx.Node) -> Any:
+def _expand(i: Importer, node: Node) -> Any:
     return i.emit(relax.op.broadcast_to(i.env[node.args[0]], i.shape(node)))
 
 
 def _binary(op: Callable[[Any, Any], Any], *, compare: bool = False, divide: bool = False) -> Callable:
-    def rule(i: Importer, node: fx.Node) -> Any:
+    def rule(i: Importer, node: Node) -> Any:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             raise PassError(f"{where(node)} uses an argument that has no translation: {dict(node.kwargs)}.")
         a, b = node.args[:2]
@@ -106,17 +107,17 @@ def _binary(op: Callable[[Any, Any], Any], *, compare: bool = False, divide: boo
     return rule
 
 
-def _rsub(i: Importer, node: fx.Node) -> Any:
+def _rsub(i: Importer, node: Node) -> Any:
     dtype = node.meta["val"].dtype
     return i.emit(relax.op.subtract(i.value(node.args[1], dtype), i.value(node.args[0], dtype)))
 
 
-def _cast(i: Importer, node: fx.Node) -> Any:
+def _cast(i: Importer, node: Node) -> Any:
     return i.emit(relax.op.astype(i.env[node.args[0]], str(node.meta["val"].dtype).removeprefix("torch.")))
 
 
-def _slice(i: Importer, node: fx.Node) -> Any:
-    x, dim, start, end, step = [*node.args, *[None, 0, 0, None, 1][len(node.args) :]]
+def _slice(i: Importer, node: Node) -> Any:
+    x, dim, start, end, step = with_defaults(node.args, [None, 0, 0, None, 1])
     size = x.meta["val"].shape[dim]
     if not isinstance(size, int) or not all(isinstance(v, (int, type(None))) for v in (start, end, step)):
         raise PassError(f"{where(node)} cuts along the token dimension, which has no meaning for ragged tokens.")
@@ -124,7 +125,7 @@ def _slice(i: Importer, node: fx.Node) -> Any:
     return i.emit(relax.op.strided_slice(i.env[x], [dim % x.meta["val"].dim()], [start], [end], [step]))
 
 
-def _split(i: Importer, node: fx.Node) -> Any:
+def _split(i: Importer, node: Node) -> Any:
     x, _, *dim = node.args
     axis = dim[0] if dim else node.kwargs.get("dim", 0)
     parts = [int(v.shape[axis]) for v in node.meta["val"]]
@@ -135,20 +136,20 @@ def _split(i: Importer, node: fx.Node) -> Any:
     ]
 
 
-def _getitem(i: Importer, node: fx.Node) -> Any:
+def _getitem(i: Importer, node: Node) -> Any:
     source, index = node.args
     value = i.env[source]
     return value[index] if isinstance(value, (list, tuple)) else i.emit(relax.TupleGetItem(value, index))
 
 
-def _cat(i: Importer, node: fx.Node) -> Any:
+def _cat(i: Importer, node: Node) -> Any:
     tensors, *dim = node.args
     axis = dim[0] if dim else node.kwargs.get("dim", 0)
     dtype = node.meta["val"].dtype
     return i.emit(relax.op.concat([i.value(t, dtype) for t in tensors], axis))
 
 
-def _select(i: Importer, node: fx.Node) -> Any:
+def _select(i: Importer, node: Node) -> Any:
     x, dim, index = node.args
     shape = x.meta["val"].shape
     dim = dim % len(shape)
@@ -159,19 +160,19 @@ def _select(i: Importer, node: fx.Node) -> Any:
     return i.emit(relax.op.reshape(piece, i.shape(node)))
 
 
-def _index_select(i: Importer, node: fx.Node) -> Any:
+def _index_select(i: Importer, node: Node) -> Any:
     x, dim, index = node.args
     return i.emit(relax.op.take(i.env[x], i.env[index], axis=dim % x.meta["val"].dim(), mode="clip"))
 
 
-def _embedding(i: Importer, node: fx.Node) -> Any:
+def _embedding(i: Importer, node: Node) -> Any:
     table, ids = node.args[:2]
     flat = i.emit(relax.op.reshape(i.env[ids], [-1]))
     rows = i.emit(relax.op.take(i.env[table], flat, axis=0, mode="clip"))
     return i.emit(relax.op.reshape(rows, i.shape(node)))
 
 
-def _permute(i: Importer, node: fx.Node) -> Any:
+def _permute(i: Importer, node: Node) -> Any:
     rank = node.args[0].meta["val"].dim()
     if node.target is aten.permute.default:
         axes = [a % rank for a in node.args[1]]
@@ -182,13 +183,13 @@ def _permute(i: Importer, node: fx.Node) -> Any:
     return i.emit(relax.op.permute_dims(i.env[node.args[0]], axes))
 
 
-def _stack(i: Importer, node: fx.Node) -> Any:
+def _stack(i: Importer, node: Node) -> Any:
     tensors, *dim = node.args
     axis = (dim[0] if dim else node.kwargs.get("dim", 0)) % node.meta["val"].dim()
     return i.emit(relax.op.concat([i.emit(relax.op.expand_dims(i.env[t], axis)) for t in tensors], axis))
 
 
-def _repeat_interleave(i: Importer, node: fx.Node) -> Any:
+def _repeat_interleave(i: Importer, node: Node) -> Any:
     x, times, *dim = node.args
     axis = dim[0] if dim else node.kwargs.get("dim")
     if not isinstance(times, int) or axis is None:
@@ -196,7 +197,7 @@ def _repeat_interleave(i: Importer, node: fx.Node) -> Any:
     return i.emit(relax.op.repeat(i.env[x], times, axis % x.meta["val"].dim()))
 
 
-def _full(i: Importer, node: fx.Node) -> Any:
+def _full(i: Importer, node: Node) -> Any:
     fill = node.args[1] if node.target in (aten.full.default, aten.full_like.default, aten.new_full.default) else None
     if node.target is aten.new_full.default:
         fill = node.args[2]
@@ -206,11 +207,11 @@ def _full(i: Importer, node: fx.Node) -> Any:
     return i.emit(relax.op.full(i.shape(node), relax.const(fill, dtype), dtype))
 
 
-def _scalar_tensor(i: Importer, node: fx.Node) -> Any:
+def _scalar_tensor(i: Importer, node: Node) -> Any:
     return relax.const(node.args[0], str(node.meta["val"].dtype).removeprefix("torch."))
 
 
-def _pow(i: Importer, node: fx.Node) -> Any:
+def _pow(i: Importer, node: Node) -> Any:
     base, exponent = node.args
     dtype = node.meta["val"].dtype
     if isinstance(exponent, (int, float)) and exponent in (0.5, -0.5, -1):
@@ -219,19 +220,19 @@ def _pow(i: Importer, node: fx.Node) -> Any:
     return i.emit(relax.op.power(i.value(base, dtype), i.value(exponent, dtype)))
 
 
-def _where(i: Importer, node: fx.Node) -> Any:
+def _where(i: Importer, node: Node) -> Any:
     dtype = node.meta["val"].dtype
     return i.emit(relax.op.where(i.env[node.args[0]], i.value(node.args[1], dtype), i.value(node.args[2], dtype)))
 
 
-def _masked_fill(i: Importer, node: fx.Node) -> Any:
+def _masked_fill(i: Importer, node: Node) -> Any:
     dtype = node.meta["val"].dtype
     x, mask, value = node.args
     return i.emit(relax.op.where(i.env[mask], i.value(value, dtype), i.value(x, dtype)))
 
 
-def _clamp(i: Importer, node: fx.Node) -> Any:
-    x, low, high = [*node.args, *[None] * (3 - len(node.args))]
+def _clamp(i: Importer, node: Node) -> Any:
+    x, low, high = with_defaults(node.args, [None, None, None])
     low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
     if node.target is aten.clamp_max.default:
         low, high = None, node.args[1]
@@ -243,18 +244,18 @@ def _clamp(i: Importer, node: fx.Node) -> Any:
     return out
 
 
-def _gelu(i: Importer, node: fx.Node) -> Any:
+def _gelu(i: Importer, node: Node) -> Any:
     tanh = node.kwargs.get("approximate", "none") == "tanh"
     return i.emit((relax.op.nn.gelu_tanh if tanh else relax.op.nn.gelu)(i.env[node.args[0]]))
 
 
-def _matmul(i: Importer, node: fx.Node) -> Any:
+def _matmul(i: Importer, node: Node) -> Any:
     dtype = node.meta["val"].dtype
     a, b = (i.value(x, dtype) for x in node.args[:2])
     return i.emit(relax.op.matmul(a, b, out_dtype="float32"))
 
 
-_RULES: dict[Any, Callable[[Importer, fx.Node], Any]] = {
+_RULES: dict[Any, Callable[[Importer, Node], Any]] = {
     operator.getitem: _getitem,
     aten._to_copy.default: _cast,
     aten.to.dtype: _cast,
