@@ -168,7 +168,8 @@ def test_leftovers_on_the_cpu_are_vectorized_and_shared_out() -> None:
 
 def test_written_kernels_are_left_alone() -> None:
     functions = lowered_functions(Written, Target.parse("cuda:sm_80"))
-    assert tvm_ffi.structural_equal(functions["double"].body, Written["double"].body)
+    root = functions["double"].body  # a function of two tensors gets a root block around its unchanged loops
+    assert tvm_ffi.structural_equal(root.block.body, Written["double"].body)
     assert set(functions) == {"double", "add"}, "an operator was fused into the kernel"
     assert not is_scheduled(Sample["add_rows"])
     assert is_scheduled(Sample["add_rows"].with_attr("tirx.is_scheduled", True))

@@ -106,8 +106,12 @@ def test_flags_and_their_aliases(arguments: list[str], field: str, value: object
 
 
 def test_settings_that_are_not_given_keep_their_defaults() -> None:
-    given = options()
+    given = options("--nsamples", "128")
     assert given == CompileOptions(model="org/model", out=given.out)
+    on_a_cpu = options("--device", "cpu").quantize  # the model writes less text for itself where that takes hours
+    assert (on_a_cpu.nsamples, on_a_cpu.seqlen) == (16, 512)
+    assert options("--device", "cuda").quantize == given.quantize
+    assert options("--device", "cpu", "--calibration", "text.txt").quantize == given.quantize
     assert given.out == pathlib.Path("model-cpu-w4")
     assert options("--target", "cuda:sm_90", "--wbits", "3").out == pathlib.Path("model-cuda-w3")
     more = options("--batch-buckets", "4,1,4", "--no-validate", "--offline", "--revision", "r", "--dtype", "float16")
