@@ -149,7 +149,13 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     writer.check()
     if dry_run:
         return CompileResult(None, plan, clock.seconds)
-    manager = _Manager(options, source.parameter_count <= _VALIDATE_PARAMETERS)
+    small = source.parameter_count <= _VALIDATE_PARAMETERS
+    if options.validate and not small:
+        progress.note(
+            f"Passes are not validated by running the model: it has more than {_VALIDATE_PARAMETERS // 10**6} million "
+            "weights."
+        )
+    manager = _Manager(options, small)
     quantize: GptqQuantize | None = None
     try:
         with clock("raise"):
