@@ -297,8 +297,9 @@ def packed_case(
     has_bias: bool,
     dtype: str,
     rows: int | None = None,
+    out_dtype: str | None = None,
 ) -> Any:
-    """The kernel case of a packed linear."""
+    """The kernel case of a packed linear, which returns the type of its activations unless told otherwise."""
     from gptq_compile.kernels.registry import Case
 
     return Case.make(
@@ -311,6 +312,7 @@ def packed_case(
         out_features=out_features,
         has_zeros=has_zeros,
         has_bias=has_bias,
+        out_dtype=out_dtype or dtype,
     )
 
 

@@ -274,18 +274,10 @@ def _linear(entry: _Entry, node: Node) -> Any:
     x, weight, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")
     n, k = (int(d) for d in weight.meta["val"].shape)
-    # A cast to float32 that is all that reads the product (logits) costs nothing when the kernel stores its sums as
-    # they are.
-    widened = _only_widened(node)
-    out = widened or node
-    case = lambda rows: Case.make(  # noqa: E731
-        "linear", _dtype(x), rows, in_features=k, out_features=n, has_bias=bias is not None, out_dtype=_dtype(out),
+    return _product(entry, node, [weight, bias], n, lambda rows, out: Case.make(
+        "linear", _dtype(x), rows, in_features=k, out_features=n, has_bias=bias is not None, out_dtype=out,
         weight_dtype=_dtype(weight),
-    )  # fmt: skip
-    value = entry.emit_rows(out, case, x, [weight, bias], n)
-    if widened is not None:
-        entry.env[widened] = value
-    return value
+    ))  # fmt: skip
 
 
 def _only_widened(node: Node) -> Node | None:
@@ -299,8 +291,23 @@ def _only_widened(node: Node) -> Node | None:
 def _packed_linear(entry: _Entry, node: Node) -> Any:
     x, packed, bias, _, _, bits, group, out_features, has_zeros = node.args
     k = int(x.meta["val"].shape[-1])
-    case = lambda rows: packed_case(bits, group, k, out_features, has_zeros, bias is not None, _dtype(x), rows)  # noqa: E731
-    return entry.emit_rows(node, case, x, [*packed, bias], out_features)
+    return _product(entry, node, [*packed, bias], out_features, lambda rows, out: packed_case(
+        bits, group, k, out_features, has_zeros, bias is not None, _dtype(x), rows, out,
+    ))  # fmt: skip
+
+
+def _product(entry: _Entry, node: Node, extra: list[Node | None], width: int, case: Callable[[Any, str], Case]) -> Any:
+    """Runs a linear kernel.
+
+    A cast to float32 that is all that reads the product (the logits, and updates of a float32 residual stream) costs
+    nothing when the kernel stores its sums as they are.
+    """
+    widened = _only_widened(node)
+    out = widened or node
+    value = entry.emit_rows(out, lambda rows: case(rows, _dtype(out)), node.args[0], extra, width)
+    if widened is not None:
+        entry.env[widened] = value
+    return value
 
 
 def _rms_norm(entry: _Entry, node: Node) -> Any:

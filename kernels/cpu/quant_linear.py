@@ -36,8 +36,9 @@ Expr = Any
 
 
 def _accepts(case: Case, target: Target) -> Refusal | None:
-    if case.dtype not in FLOATS:
-        return Refusal(f"needs float32 or float16 activations, not {case.dtype}")
+    for what, dtype in (("activations", case.dtype), ("outputs", case.get("out_dtype", case.dtype))):
+        if dtype not in FLOATS:
+            return Refusal(f"needs float32 or float16 {what}, not {dtype}")
     try:
         grouping_of(case)
     except ValueError as error:
@@ -65,7 +66,8 @@ class _Tensors:
         }
         self.words, self.scales, self.zeros = packed["qweight"], packed["scales"], packed.get("zeros")
         self.bias = f.tensor("bias", (case["out_features"],), case.dtype) if case["has_bias"] else None
-        self.out = f.tensor("out", (self.rows, case["out_features"]), case.dtype)
+        self.out_dtype = case.get("out_dtype", case.dtype)
+        self.out = f.tensor("out", (self.rows, case["out_features"]), self.out_dtype)
         self.tiles = -(-case["out_features"] // LANES)
 
     def scale(self, tile: Expr, group: Expr, lane: Expr) -> Expr:
@@ -87,7 +89,7 @@ class _Tensors:
             result = value(lane)
             if self.bias is not None:
                 result = result + ir.cast(self.bias[column], "float32")
-            store(self.out, (row, column), ir.cast(result, self.case.dtype))
+            store(self.out, (row, column), ir.cast(result, self.out_dtype))
 
         def whole() -> None:
             with ir.vectorized(LANES) as lane:

@@ -26,8 +26,9 @@ Expr = Any
 
 
 def _accepts_plain(case: Case, target: Target) -> Refusal | None:
-    if case.dtype not in FLOATS:
-        return Refusal(f"needs float32 or float16 activations, not {case.dtype}")
+    for what, dtype in (("activations", case.dtype), ("outputs", case.get("out_dtype", case.dtype))):
+        if dtype not in FLOATS:
+            return Refusal(f"needs float32 or float16 {what}, not {dtype}")
     try:
         grouping_of(case)
     except ValueError as error:
@@ -60,12 +61,13 @@ def _tensors(f: Function, case: Case, target: Target) -> tuple[mma_linear.Weight
         name: f.tensor(name, shape, dtype) for name, (shape, dtype) in layout_for(case, target).tensors(case).items()
     }
     bias = f.tensor("bias", (n,), case.dtype) if case["has_bias"] else None
-    out = f.tensor("out", (rows, n), case.dtype)
+    out_dtype = case.get("out_dtype", case.dtype)
+    out = f.tensor("out", (rows, n), out_dtype)
     weights = mma_linear.Weights(
         words=packed["qweight"], bits=grouping.bits, out_features=n, in_features=k, group_size=grouping.group_size,
         groups=grouping.groups, scales=packed["scales"], zeros=packed.get("zeros"),
     )  # fmt: skip
-    return weights, mma_linear.Problem(x, bias, out, rows, case.dtype)
+    return weights, mma_linear.Problem(x, bias, out, rows, out_dtype)
 
 
 def _decode(case: Case, target: Target) -> Any:

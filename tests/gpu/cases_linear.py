@@ -29,7 +29,7 @@ def quant_inputs(case: Case, rows: int, target: Target = CUDA) -> Callable[[np.r
         packed = layout_for(case, target).pack(case, codes, scales, zeros)
         bias = [rng.normal(size=n).astype(case.dtype)] if case["has_bias"] else []
         x = rng.normal(size=(rows, k)).astype(case.dtype)
-        return [x, *packed.values(), *bias, poisoned((rows, n), case.dtype)]
+        return [x, *packed.values(), *bias, poisoned((rows, n), case.get("out_dtype", case.dtype))]
 
     return make
 
@@ -90,12 +90,13 @@ def _checked(
 
 
 def _quant(bits: int, group: int, k: int, n: int, rows: int, static: bool, dtype: str = "float16") -> KernelCase:
-    # Zero points and biases alternate by a hash, so that every bit width meets all four combinations.
+    # Zero points, biases and wide results alternate by a hash, so that every bit width meets all combinations.
     name = f"quant_b{bits}_g{group}_k{k}_n{n}_{dtype}"
     mix = zlib.crc32(name.encode())
     case = Case.make(
         "quant_linear", dtype, rows if static else None, in_features=k, out_features=n, bits=bits,
         group_size=group, has_zeros=bool(mix & 1), has_bias=bool(mix & 2),
+        out_dtype="float32" if mix & 4 else dtype,
     )  # fmt: skip
     full = f"{name}_m{rows}{'_static' if static else ''}"
     return KernelCase(full, case, quant_inputs(case, rows), _checked(quant_reference(case)))

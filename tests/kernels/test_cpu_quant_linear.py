@@ -32,7 +32,7 @@ def _run(case: Case, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]
     reference = x.astype(np.float64) @ weight.T + (0 if bias is None else bias.astype(np.float64))
     picked = select(case, CPU, KERNELS).kernel
     library = tvm.compile(picked.prim_func(case, CPU), target=CPU.tvm())
-    out = tvm.runtime.tensor(np.full((rows, n), np.nan, case.dtype))
+    out = tvm.runtime.tensor(np.full((rows, n), np.nan, case.get("out_dtype", case.dtype)))
     packed = layout_for(case, CPU).pack(case, codes, scales, zeros)
     arguments = [x, *packed.values(), *([] if bias is None else [bias])]
     library["quant_linear"](*map(tvm.runtime.tensor, arguments), out)
@@ -43,10 +43,10 @@ def _nmse(got: np.ndarray, reference: np.ndarray) -> float:
     return float(np.sum((got - reference) ** 2) / np.sum(reference**2))
 
 
-def _case(bits, group, k, n, rows, zeros=True, bias=False, dtype="float32") -> Case:
+def _case(bits, group, k, n, rows, zeros=True, bias=False, dtype="float32", **attrs) -> Case:
     return Case.make(
         "quant_linear", dtype, rows, in_features=k, out_features=n, bits=bits, group_size=group,
-        has_zeros=zeros, has_bias=bias,
+        has_zeros=zeros, has_bias=bias, **attrs,
     )  # fmt: skip
 
 
@@ -76,6 +76,13 @@ def test_groups_of_one_and_half_precision(rows, static):
     got, reference, _ = _run(case, rows, seed=rows)
     assert got.dtype == np.float16
     assert _nmse(got.astype(np.float64), reference) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, None])
+def test_sums_of_half_activations_can_leave_in_float32(rows):
+    got, reference, _ = _run(_case(4, 32, 96, 19, rows, dtype="float16", bias=True, out_dtype="float32"), 1, seed=5)
+    assert got.dtype == np.float32
+    assert _nmse(got, reference) < 1e-10
 
 
 def test_refusals_are_words():
