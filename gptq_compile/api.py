@@ -24,10 +24,11 @@ from gptq_compile.errors import PassError
 from gptq_compile.frontend.source import ModelSource, load_source
 from gptq_compile.frontend.trace import trace
 from gptq_compile.options import CompileOptions
-from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport, quantizable
+from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
+from gptq_compile.passes.stages import quantizable
 
 log = logging.getLogger(__name__)
 

@@ -13,15 +13,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, fx
 
-from gptq_compile.errors import CalibrationError, PassError
+from gptq_compile.errors import CalibrationError
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
@@ -29,14 +27,22 @@ from gptq_compile.passes.gptq.importance import downstream_attention, received_a
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.gptq.solution import Solution
 from gptq_compile.passes.gptq.solver import prepare, solve
-from gptq_compile.passes.interpret import Interpreter
 from gptq_compile.passes.manager import Pass
-from gptq_compile.passes.program import Program, module_path, where
+from gptq_compile.passes.program import Program, where
+from gptq_compile.passes.stage_runner import Env, Runner
+from gptq_compile.passes.stages import (
+    Group,
+    features_of,
+    live_values,
+    own_linears,
+    quantizable,
+    stages_of,
+    weight_name,
+    weights_of,
+)
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
-
-Env = dict[Node, Any]
 
 
 @dataclass(frozen=True)
@@ -54,60 +60,6 @@ class LinearReport:
     dead_columns: int
     note: str | None
     seconds: float
-
-
-@dataclass
-class _Group:
-    """Linears that read one value."""
-
-    source: Node
-    linears: list[Node] = field(default_factory=list)
-
-
-@dataclass
-class _Stage:
-    """Groups whose Hessians are collected together, and the stretch of the graph that leads to their inputs."""
-
-    nodes: list[Node]
-    groups: list[_Group]
-    rerun: bool  # whether the stretch contains the groups' own linears, so that it must run again quantized
-
-
-def quantizable(program: Program, include_head: bool) -> list[Node]:
-    """The linears to quantize, in graph order."""
-    graph = program.graph
-    users_first = list(reversed(graph.nodes))
-    feeds: dict[Node, bool] = {}  # does a linear or attention depend on the node?
-    for node in users_first:
-        feeds[node] = any(
-            feeds.get(u, False) or u.target in (aten.linear.default, ops.attention.default) for u in node.users
-        )
-    chosen = []
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target is not aten.linear.default:
-            continue
-        weight = node.args[1]
-        if "param" not in weight.meta or (not feeds[node] and not include_head) or _only_routes(node):
-            continue
-        chosen.append(node)
-    return chosen
-
-
-def _only_routes(node: Node) -> bool:
-    """Whether everything computed from a linear goes through a top-k before the next linear."""
-    seen, todo, found = set(), list(node.users), False
-    while todo:
-        user = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if user.target in (aten.topk.default, aten.sort.default):
-            found = True
-        elif user.target is aten.linear.default or user.op == "output" or user.target is ops.attention.default:
-            return False
-        else:
-            todo.extend(user.users)
-    return found
 
 
 class GptqQuantize(Pass):
@@ -144,13 +96,13 @@ class GptqQuantize(Pass):
         if not linears:
             return False
         for node in linears:
-            self.config.validate_for_layer(int(node.args[1].meta["val"].shape[1]), _weight_name(node))
+            self.config.validate_for_layer(int(node.args[1].meta["val"].shape[1]), weight_name(node))
         self.total = len({n.args[1] for n in linears})
         solutions: dict[Node, Solution] = {}
         if self.config.method == "rtn":
             for node in linears:
                 if node.args[1] not in solutions:
-                    self._store(node, rtn(self._weight(program, node), self.config, name=_weight_name(node)), solutions)
+                    self._store(node, rtn(self._weight(program, node), self.config, name=weight_name(node)), solutions)
         else:
             self._calibrated(program, linears, solutions)
         for node in linears:
@@ -168,16 +120,18 @@ class GptqQuantize(Pass):
 
     def _calibrated(self, program: Program, linears: list[Node], solutions: dict[Node, Solution]) -> None:
         assert self.calibration is not None
-        stages = _stages(program, linears, self.config.sequential)
-        runner = _Runner(program, self.device)
+        stages = stages_of(program, linears, self.config.sequential)
+        runner = Runner(program, self.device)
         states = [self._inputs(program, ids) for ids in self.calibration]
         weights = self._token_weights(program, runner)
         for index, stage in enumerate(stages):
             sources = [g.source for g in stage.groups]
-            later = [n for s in stages[index + 1 :] for n in s.nodes] + ([] if stage.rerun else _own(stage))
-            hessians = {g.source: Hessian(_features(g), device=self.device, name=where(g.source)) for g in stage.groups}
-            live = _live(later) | set(sources)
-            overrides = {w: solutions[w].weight.to(self.device) for w in _weights_of(stage.nodes) if w in solutions}
+            later = [n for s in stages[index + 1 :] for n in s.nodes] + ([] if stage.rerun else own_linears(stage))
+            hessians = {
+                g.source: Hessian(features_of(g), device=self.device, name=where(g.source)) for g in stage.groups
+            }
+            live = live_values(later) | set(sources)
+            overrides = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
             loaded = runner.load(stage.nodes, overrides)
             for i, state in enumerate(states):
                 values = runner.run(state, stage.nodes, live, loaded)
@@ -188,10 +142,10 @@ class GptqQuantize(Pass):
             for group in stage.groups:
                 self._solve(program, group, hessians.pop(group.source), solutions)
             if stage.rerun and later:
-                mine = {w: solutions[w].weight.to(self.device) for w in _weights_of(stage.nodes) if w in solutions}
+                mine = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
                 loaded = runner.load(stage.nodes, mine)
                 for i, state in enumerate(states):
-                    states[i] = runner.run(state, stage.nodes, _live(later), loaded)
+                    states[i] = runner.run(state, stage.nodes, live_values(later), loaded)
 
     def _inputs(self, program: Program, ids: Tensor) -> Env:
         n = ids.numel()
@@ -199,7 +153,7 @@ class GptqQuantize(Pass):
         given = {"input_ids": ids.reshape(1, n).to(self.device), "position_ids": span.reshape(1, n), "logit_rows": span}
         return {node: given[node.name] for node in program.inputs}
 
-    def _token_weights(self, program: Program, runner: _Runner) -> Callable[[Node, int], Tensor | None]:
+    def _token_weights(self, program: Program, runner: Runner) -> Callable[[Node, int], Tensor | None]:
         """Runs the original model once and returns the token weights of a group's input in a sequence."""
         if self.config.token_weighting == "none":
             return lambda source, sequence: None
@@ -213,7 +167,7 @@ class GptqQuantize(Pass):
         for layer in attention:
             stop = order.index(layer)
             stretch, operands = order[start:stop], set(layer.all_input_nodes)
-            live = _live(order[stop:]) | operands
+            live = live_values(order[stop:]) | operands
             loaded = runner.load([*stretch, layer], {})
             for i, state in enumerate(states):
                 values = runner.run(state, stretch, live, loaded)
@@ -225,12 +179,12 @@ class GptqQuantize(Pass):
             start = stop
         return lambda source, sequence: token_weights(received[sequence], reach[source], self.config.token_strength)
 
-    def _solve(self, program: Program, group: _Group, hessian: Hessian, solutions: dict[Node, Solution]) -> None:
+    def _solve(self, program: Program, group: Group, hessian: Hessian, solutions: dict[Node, Solution]) -> None:
         todo = [n for n in group.linears if n.args[1] not in solutions]
         if not todo:
             return
         # Linears that read the same value see the same tokens, so they are one problem with more rows.
-        names = [_weight_name(n) for n in todo]
+        names = [weight_name(n) for n in todo]
         stacked = torch.cat([self._weight(program, n) for n in todo])
         solution = solve(stacked, prepare(hessian, self.config), self.config, name=", ".join(names))
         rows = [int(n.args[1].meta["val"].shape[0]) for n in todo]
@@ -243,7 +197,7 @@ class GptqQuantize(Pass):
         rows, columns = (int(d) for d in node.args[1].meta["val"].shape)
         known = lambda v: v if math.isfinite(v) else None  # noqa: E731
         report = LinearReport(
-            name=_weight_name(node),
+            name=weight_name(node),
             shape=(rows, columns),
             bits=solution.bits,
             group_size=solution.group_size,
@@ -260,79 +214,11 @@ class GptqQuantize(Pass):
             self.on_linear(report, len(self.reports), self.total)
 
 
-class _Runner:
-    """Runs stretches of the graph for one sequence after another with their parameters loaded once."""
-
-    def __init__(self, program: Program, device: torch.device) -> None:
-        self.program = program
-        self.interpreter = Interpreter(program, device, torch.float32)
-
-    def load(self, nodes: list[Node], overrides: dict[Node, Tensor]) -> Env:
-        """The parameters that ``nodes`` read; ``overrides`` replaces some."""
-        needed = {a for n in nodes for a in n.all_input_nodes if "param" in a.meta}
-        return {p: overrides[p] if p in overrides else self.interpreter.param(p) for p in needed}
-
-    def run(self, state: Env, nodes: list[Node], live: Iterable[Node], loaded: Env) -> Env:
-        env = {**state, **loaded}
-        made = set(nodes)
-        want = [n for n in live if n in made or n in state]
-        return self.interpreter.run(env, want, nodes)
-
-
-def _stages(program: Program, linears: list[Node], sequential: str) -> list[_Stage]:
-    groups: dict[Node, _Group] = {}
-    for node in linears:
-        groups.setdefault(node.args[0], _Group(node.args[0])).linears.append(node)
-    order = [n for n in program.graph.nodes if n.op == "call_function"]
-    index = {n: i for i, n in enumerate(order)}
-    stages: list[_Stage] = []
-    start = 0
-    if sequential == "true":
-        for group in groups.values():
-            cut = index[group.linears[0]]
-            stages.append(_Stage(order[start:cut], [group], rerun=False))
-            start = cut
-        return stages
-    blocks: dict[str, list[_Group]] = {}
-    for i, group in enumerate(groups.values()):
-        match = re.match(r"(.*?\.\d+)(\.|$)", module_path(group.linears[0]))
-        blocks.setdefault(match.group(1) if match else f"#{i}", []).append(group)
-    for members in blocks.values():
-        cut = 1 + max(index[n] for g in members for n in g.linears)
-        if cut <= start:
-            raise PassError("The model's blocks are interleaved, so block order has no meaning. Use --sequential true.")
-        stages.append(_Stage(order[start:cut], members, rerun=True))
-        start = cut
-    return stages
-
-
-def _own(stage: _Stage) -> list[Node]:
-    return [n for g in stage.groups for n in g.linears]
-
-
-def _live(later: list[Node]) -> set[Node]:
-    """Values that ``later`` reads and does not make; parameters are loaded anew."""
-    made = set(later)
-    return {a for n in later for a in n.all_input_nodes if a not in made and "param" not in a.meta}
-
-
-def _weights_of(nodes: list[Node]) -> list[Node]:
-    return [n.args[1] for n in nodes if n.target is aten.linear.default]
-
-
-def _features(group: _Group) -> int:
-    return int(group.source.meta["val"].shape[-1])
-
-
-def _weight_name(node: Node) -> str:
-    return node.args[1].meta["param"]
-
-
 def _rewrite(program: Program, node: Node, solution: Solution) -> None:
     """Replaces a linear by a ``quant_linear`` on the solution's tensors."""
     x, _, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")
-    name = _weight_name(node)
+    name = weight_name(node)
     tensors = {"codes": solution.codes, "scales": solution.scales, "zeros": solution.zeros, "g_idx": solution.g_idx}
     params = {
         key: None if value is None else program.add_param(f"{name}.{key}", value.cpu())

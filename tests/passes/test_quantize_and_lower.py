@@ -14,12 +14,13 @@ from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.importance import downstream_attention, received_attention, token_weights
-from gptq_compile.passes.gptq_quantize import GptqQuantize, quantizable
+from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.insert_kv_cache import InsertKvCache
 from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.pack_weights import PackWeights
 from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
+from gptq_compile.passes.stages import quantizable
 from tests.architectures import param_store, tiny_config, tiny_model
 
 ops = torch.ops.gptq_compile
