@@ -128,7 +128,8 @@ class GptqQuantize(Pass):
             sources = [g.source for g in stage.groups]
             later = [n for s in stages[index + 1 :] for n in s.nodes] + ([] if stage.rerun else own_linears(stage))
             hessians = {
-                g.source: Hessian(features_of(g), device=self.device, name=where(g.source)) for g in stage.groups
+                g.source: Hessian(features_of(g), device=self.device, name=where(g.source), drop_bad=True)
+                for g in stage.groups
             }
             live = live_values(later) | set(sources)
             overrides = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}

@@ -30,7 +30,7 @@ class Factor:
         order: i64[K] natural column at each processing position, or None for the natural order.
         dead: bool[K], natural order: columns whose activation is always zero.
         damp: Damping used, as a fraction of `scale`.
-        reason: Why this is not the first rung, or None.
+        reason: What is unusual about the Hessian or why this is not the first rung, or None.
     """
 
     hessian: Tensor | None
@@ -40,6 +40,11 @@ class Factor:
     dead: Tensor
     damp: float
     reason: str | None
+
+
+def no_factor(features: int, device: torch.device, damp: float, reason: str) -> Factor:
+    """What stands for a Hessian that says nothing: its linears are rounded to nearest, for ``reason``."""
+    return Factor(None, 1.0, None, None, torch.zeros(features, dtype=torch.bool, device=device), damp, reason)
 
 
 @torch.no_grad()
@@ -56,9 +61,8 @@ def factorize(hessian: Tensor, damp: float = 0.01, act_order: bool = False) -> F
     """
     k = hessian.shape[0]
     diag = hessian.diagonal().double()
-    none_dead = torch.zeros(k, dtype=torch.bool, device=hessian.device)
     if not bool(torch.isfinite(hessian).all()):
-        return Factor(None, 1.0, None, None, none_dead, damp, "the Hessian is not finite")
+        return no_factor(k, hessian.device, damp, "the Hessian is not finite")
     dead = diag <= 0
     if bool(dead.all()):
         return Factor(None, 1.0, None, None, dead, damp, "the Hessian is zero")

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from gptq_compile.errors import CalibrationError
 
+_SAFE = 1e37  # of float32's 3.4e38; sums that may exceed it are kept in float64
+
+_CONSTANT = 1e-5  # columns that vary less, relative to their size, count as constant
+
 
 class Hessian:
     """Accumulates H over calibration tokens (paper section 3.1, equation 2, as a mean over tokens).
@@ -20,6 +24,8 @@ class Hessian:
         dtype: Type of the sums, float32 or float64.
         device: Where the sums live; inputs are expected there.
         name: What is observed (module path or value name), for messages.
+        drop_bad: Leave out tokens whose activations or weights are not finite, and count them in `dropped`, instead
+            of refusing them.
     """
 
     def __init__(
@@ -28,17 +34,29 @@ class Hessian:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         name: str = "activation",
+        drop_bad: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise CalibrationError(f"The Hessian of {name} was asked to sum in {dtype}; use float32 or float64.")
         self.name = name
         self.tokens = 0
+        self.dropped = 0
+        self._drop_bad = drop_bad
+        self._bound = 0.0  # no entry of the sum exceeds it
+        self._low = torch.full((features,), float("inf"), device=device)
+        self._high = torch.full((features,), float("-inf"), device=device)
+        self._widened = False
         self._sum = torch.zeros(features, features, dtype=dtype, device=device)
 
     @property
     def features(self) -> int:
         """Input features K."""
         return self._sum.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live."""
+        return self._sum.device
 
     @torch.no_grad()
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
@@ -56,25 +74,48 @@ class Hessian:
         x = x.reshape(-1, self.features)
         if x.shape[0] == 0:
             return
-        bad = ~torch.isfinite(x)
-        if bool(bad.any()):
-            token, feature = (int(i) for i in bad.nonzero()[0])
-            raise CalibrationError(
-                f"{self.name} holds {int(bad.sum())} NaN or infinite activations in calibration tokens "
-                f"{self.tokens} to {self.tokens + x.shape[0] - 1}, first at token {self.tokens + token}, "
-                f"feature {feature}; check the model's weights, or calibrate in float32."
-            )
+        low, high = torch.aminmax(x, dim=0)  # NaN where a column holds one
+        good = None if weights is None else torch.isfinite(weights.reshape(-1))
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()) or (
+            self._drop_bad and good is not None and not bool(good.all())
+        ):
+            if not self._drop_bad:
+                self._refuse(x)
+            rows = torch.isfinite(x).all(1)
+            rows = rows if good is None else rows & good.to(rows.device)
+            self.dropped += int((~rows).sum())
+            x = x[rows]
+            weights = None if weights is None else weights.reshape(-1)[rows.to(weights.device)]
+            if x.shape[0] == 0:
+                return
+            low, high = torch.aminmax(x, dim=0)
+        roots = None if weights is None else self._roots(weights, x.shape[0])
+        peak = float(torch.maximum(high.abs(), low.abs()).max()) * (1.0 if roots is None else float(roots.max()))
+        self._bound += x.shape[0] * peak * peak
+        if self._bound > _SAFE and self._sum.dtype == torch.float32:
+            self._sum, self._widened = self._sum.double(), True
+        self._low = torch.minimum(self._low, low.to(self._low))
+        self._high = torch.maximum(self._high, high.to(self._high))
         dtype = self._sum.dtype
-        if weights is None and x.is_cuda and dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
+        if roots is None and x.is_cuda and dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
             # Tensor cores multiply 16-bit inputs exactly and sum in float32.
             self._sum += torch.mm(x.t(), x, out_dtype=torch.float32)
         else:
             x = x.to(dtype)
-            if weights is not None:
+            if roots is not None:
                 # Weights enter as sqrt(d) on both sides, which keeps the product symmetric.
-                x = x * self._roots(weights, x.shape[0]).unsqueeze(1)
+                x = x * roots.to(dtype).unsqueeze(1)
             self._sum.addmm_(x.t(), x)
         self.tokens += x.shape[0]
+
+    def _refuse(self, x: Tensor) -> None:
+        bad = ~torch.isfinite(x)
+        token, feature = (int(i) for i in bad.nonzero()[0])
+        raise CalibrationError(
+            f"{self.name} holds {int(bad.sum())} NaN or infinite activations in calibration tokens "
+            f"{self.tokens} to {self.tokens + x.shape[0] - 1}, first at token {self.tokens + token}, "
+            f"feature {feature}; check the model's weights, or calibrate in float32."
+        )
 
     def _roots(self, weights: Tensor, count: int) -> Tensor:
         if weights.numel() != count:
@@ -90,8 +131,31 @@ class Hessian:
             raise CalibrationError(
                 f"{self.name} and {other.name} differ in features: {self.features}, {other.features}."
             )
+        if other._widened and self._sum.dtype == torch.float32:
+            self._sum, self._widened = self._sum.double(), True
         self._sum += other._sum.to(self._sum)
+        self._bound += other._bound
+        self._low = torch.minimum(self._low, other._low.to(self._low))
+        self._high = torch.maximum(self._high, other._high.to(self._high))
         self.tokens += other.tokens
+        self.dropped += other.dropped
+
+    def notes(self) -> list[str]:
+        """What is unusual about the tokens, in words for the report; empty for a healthy calibration."""
+        said = []
+        if self.dropped:
+            said.append(
+                f"{self.dropped} of {self.dropped + self.tokens} calibration tokens were not finite and left out"
+            )
+        if self._widened:
+            said.append("activations too large for float32 sums: summed in float64")
+        if 0 < self.tokens < self.features:
+            said.append(f"only {self.tokens} calibration tokens for {self.features} features")
+        span = torch.maximum(self._low.abs(), self._high.abs())
+        constant = int(((self._high - self._low <= _CONSTANT * span) & (span > 0)).sum())
+        if self.tokens > 1 and constant:
+            said.append(f"{constant} columns are constant over the calibration")
+        return said
 
     def matrix(self) -> Tensor:
         """H [K, K] in the accumulator's type.

@@ -12,7 +12,7 @@ from torch import Tensor
 from gptq_compile.errors import ConfigError
 from gptq_compile.passes.gptq.columns import panel_width, quantize_panel
 from gptq_compile.passes.gptq.config import QuantizeConfig
-from gptq_compile.passes.gptq.factor import Factor, factorize
+from gptq_compile.passes.gptq.factor import Factor, factorize, no_factor
 from gptq_compile.passes.gptq.grid import fit, fit_groups, zero_points
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.rtn import check_weight, rtn
@@ -90,12 +90,21 @@ def _solve(weight: Tensor, hessian: Hessian | Factor | Tensor, config: QuantizeC
 def prepare(hessian: Hessian | Tensor, config: QuantizeConfig) -> Factor:
     """Factor a Hessian once for all linears that read the same activation.
 
+    What is unusual about an accumulator's tokens becomes part of the factor's reason. An accumulator that had to drop
+    every token gives no factor, so that its linears are rounded to nearest.
+
     Raises:
-        CalibrationError: The accumulator saw no tokens or overflowed.
+        CalibrationError: The accumulator was given no tokens or overflowed.
     """
+    notes = hessian.notes() if isinstance(hessian, Hessian) else []
+    if isinstance(hessian, Hessian) and hessian.dropped and not hessian.tokens:
+        return no_factor(hessian.features, hessian.device, config.damp, notes[0])
     matrix = hessian.matrix() if isinstance(hessian, Hessian) else hessian
     with one_thread(matrix.device.type == "cpu" and matrix.numel() <= 2 * SERIAL_WEIGHTS):
-        return factorize(matrix, config.damp, config.act_order)
+        factor = factorize(matrix, config.damp, config.act_order)
+    if factor.reason:
+        notes.append(factor.reason)
+    return replace(factor, reason="; ".join(notes) or None)
 
 
 def _keep_better(

@@ -84,6 +84,44 @@ def test_refusals() -> None:
         Hessian(8, torch.float16)
     with pytest.raises(CalibrationError, match="differ in features"):
         h.merge(Hessian(9))
-    h.add(torch.full((2, 8), 1e20))
+    h.add(torch.full((2, 8), 1e200, dtype=torch.float64))
     with pytest.raises(CalibrationError, match="overflowed"):
         h.matrix()
+
+
+def test_tokens_that_are_not_finite_are_left_out_and_counted() -> None:
+    x, d = tokens(10, 4), torch.ones(10)
+    x[3, 1], x[7, 0], d[5] = float("nan"), float("-inf"), float("nan")
+    some, rest = Hessian(4, drop_bad=True), Hessian(4)
+    some.add(x, d)
+    rest.add(x[[0, 1, 2, 4, 6, 8, 9]])
+    assert (some.tokens, some.dropped) == (7, 3)
+    torch.testing.assert_close(some.matrix(), rest.matrix())
+    assert some.notes() == ["3 of 10 calibration tokens were not finite and left out"]
+    assert rest.notes() == []
+
+
+def test_sums_beyond_float32_are_kept_in_float64() -> None:
+    x = tokens(20, 4)
+    x[:, 2] *= 1e20
+    huge, plain, parts = Hessian(4), Hessian(4, torch.float64), Hessian(4)
+    huge.add(x[:10] * 1e-20)  # what was summed before stays
+    huge.add(x)
+    plain.add(x[:10] * 1e-20)
+    plain.add(x)
+    torch.testing.assert_close(huge.matrix(), plain.matrix())
+    assert "summed in float64" in huge.notes()[0]
+    parts.merge(huge)
+    torch.testing.assert_close(parts.matrix(), huge.matrix())
+    assert parts.notes() == huge.notes()
+
+
+def test_too_few_tokens_and_constant_columns_are_noted() -> None:
+    x = tokens(20, 4)
+    x[:, 1], x[:, 2] = 3.0, 0.0  # a column of zeros is dead, which the factor reports
+    h = Hessian(4)
+    h.add(x)
+    assert h.notes() == ["1 columns are constant over the calibration"]
+    h = Hessian(4)
+    h.add(x[:1])
+    assert h.notes() == ["only 1 calibration tokens for 4 features"]
