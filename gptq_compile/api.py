@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from gptq_compile import __version__
-from gptq_compile.artifact.dequantized import dequantized_weights, write_dequantized
+from gptq_compile.artifact.dequantized import dequantized_weights, is_model, write_dequantized
+from gptq_compile.artifact.files import StagedFolder
 from gptq_compile.artifact.writer import ArtifactWriter
 from gptq_compile.calibration import SELF, CalibrationConfig, load_calibration
 from gptq_compile.errors import PassError
@@ -29,6 +30,7 @@ from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stages import quantizable
+from gptq_compile.workdir.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +127,16 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     Raises:
         GptqCompileError: with a sentence that says what was wrong, where, and what to do.
     """
-    progress = progress or Silent()
+    with Work.open(None if dry_run else options.work_dir, options.resume) as work:
+        return _compile(options, progress or Silent(), dry_run, work)
+
+
+def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: Work) -> CompileResult:
     clock = _Clock(progress)
     target, dtype = options.resolved_target, options.resolved_dtype
-    ArtifactWriter(options.out, overwrite=options.overwrite).check()
+    overwrite = options.overwrite or work.claimed(options.out)
+    ArtifactWriter(options.out, overwrite=overwrite).check()
+    work.depend_on_settings(options)
     with clock("open"):
         source = load_source(
             options.model,
@@ -136,20 +144,22 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
             offline=options.offline,
             trust_remote_code=options.trust_remote_code,
         )
+        work.depend_on_model(source)
     from_text = options.quantize.method == "gptq" and options.calibration != SELF
     calibration = None
     if from_text:  # a bad file is found before anything slow
         with clock("calibrate"):
-            calibration = torch.from_numpy(_calibration(source, options, progress))
+            calibration = torch.from_numpy(_calibration(source, options, progress, work))
     with clock("trace"):
         program = trace(source.config, source.params, name=source.name, source=source.source)
     plan = _plan(program, source, options)
     progress.plan(plan)
     _note_experts(program, dtype, progress)
-    writer = ArtifactWriter(options.out, overwrite=options.overwrite, disk_needed=plan.bytes_after)
+    writer = ArtifactWriter(options.out, overwrite=overwrite, disk_needed=plan.bytes_after)
     writer.check()
     if dry_run:
         return CompileResult(None, plan, clock.seconds)
+    work.claim(options.out)
     small = source.parameter_count <= _VALIDATE_PARAMETERS
     if options.validate and not small:
         progress.note(
@@ -163,13 +173,20 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
             manager.run(trace_passes(), program)
         if options.quantize.method == "gptq" and not from_text:
             with clock("calibrate"):
-                calibration = torch.from_numpy(_calibration(source, options, progress))
+                calibration = torch.from_numpy(_calibration(source, options, progress, work))
         with clock("quantize"):
-            quantize = GptqQuantize(options.quantize, calibration, options.resolved_device, on_linear=progress.linear)
+            if work.solutions:
+                progress.note(f"{len(work.solutions)} linears were finished by an earlier run and are taken over.")
+            quantize = GptqQuantize(
+                options.quantize, calibration, options.resolved_device, progress.linear, work.solutions
+            )
             manager.run([quantize], program)
         if options.dequantized is not None:
             with clock("dequantize"):
-                write_dequantized(source, dequantized_weights(program), options.dequantized)
+                again = work.claimed(options.dequantized)
+                StagedFolder(options.dequantized, overwrite=is_model if again else None).check()
+                work.claim(options.dequantized)
+                write_dequantized(source, dequantized_weights(program), options.dequantized, overwrite=again)
         with clock("lower"):
             manager.run(lowering_passes(target, dtype), program)
     except _Stopped:
@@ -190,7 +207,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
             writer.add_files(source.tokenizer_files)
             writer.add_file(source.config_json(), "config.json")
             writer.add_file(source.generation_json(), "generation_config.json")
-            writer.finish(_manifest(program, source, options, lowered, clock.seconds, built))
+            writer.finish(_manifest(program, source, options, lowered, built))
     size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
     return CompileResult(options.out, plan, clock.seconds, quantize.reports, manager.records, size)
 
@@ -294,7 +311,7 @@ def _note_experts(program: Program, dtype: str, progress: Progress) -> None:
         )
 
 
-def _calibration(source: ModelSource, options: CompileOptions, progress: Progress) -> Any:
+def _calibration(source: ModelSource, options: CompileOptions, progress: Progress, work: Work) -> Any:
     from gptq_compile.self_text import generator
 
     config = options.quantize
@@ -302,15 +319,23 @@ def _calibration(source: ModelSource, options: CompileOptions, progress: Progres
     settings = CalibrationConfig(nsamples=config.nsamples, seqlen=seqlen, seed=config.seed)
     generate = None
     if options.calibration == SELF:
-        generate = generator(source, options.resolved_device, config.nsamples * seqlen, progress.note)
-    return load_calibration(
+        total = config.nsamples * seqlen
+        generate = work.remember(generator(source, options.resolved_device, total, progress.note))
+    ids = load_calibration(
         options.calibration, source.tokenizer, settings, vocab_size=source.vocab_size, generate=generate
     )
+    work.depend_on_calibration(ids)
+    return ids
 
 
 def _manifest(
-    program: Program, source: ModelSource, options: CompileOptions, lowered: Any, seconds: dict[str, float], built: Any
+    program: Program, source: ModelSource, options: CompileOptions, lowered: Any, built: Any
 ) -> dict[str, Any]:
+    """What the artifact says about itself; no times of the clock, so that the same inputs give the same bytes."""
+    layers_done = [
+        {key: value for key, value in layer.items() if key != "seconds"}
+        for layer in program.attrs.get("quantization", [])
+    ]
     target = options.resolved_target
     caches = program.inputs[[n.name for n in program.inputs].index("page_table") + 1 :]
     layers = []
@@ -332,7 +357,7 @@ def _manifest(
         },
         "target": {"kind": target.kind, "archs": list(target.archs), "machine_code": list(built.archs)},
         "dtype": options.resolved_dtype,
-        "quantization": {**options.as_dict(), "layers": program.attrs.get("quantization", [])},
+        "quantization": {**options.as_dict(), "layers": layers_done},
         "kv_cache": {
             "page_size": int(caches[0].meta["val"].shape[2]),
             "dtype": options.resolved_dtype,
@@ -350,7 +375,6 @@ def _manifest(
         "library": "model.so",
         "generation": source.generation,
         "chat": source.chat,
-        "seconds": dict(seconds),
         "versions": {"gptq-compile": __version__, "python": platform.python_version(), **versions},
     }
 

@@ -28,6 +28,8 @@ class CompileOptions:
         batch_buckets: batch sizes that get a decode entry of their own.
         device: where torch quantizes; by default CUDA where torch has it.
         dequantized: also write a Hugging Face folder with the dequantized weights here.
+        work_dir: folder where finished solves and calibration text are kept while the run goes on. ``resume``: go on
+            with what is there.
         validate: run the program's reference before and after every pass and compare.
         dump_ir: folder for the IR after every pass. ``stop_after``: name of the last pass to run.
         reproducer: folder written when a pass fails.
@@ -44,6 +46,8 @@ class CompileOptions:
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     device: str | None = None
     dequantized: Path | None = None
+    work_dir: Path | None = None
+    resume: bool = False
     validate: bool = True
     dump_ir: Path | None = None
     stop_after: str | None = None
@@ -59,6 +63,9 @@ class CompileOptions:
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
         if not self.batch_buckets or any(b < 1 or b > 256 for b in self.batch_buckets):
             raise ConfigError(f"batch buckets are {list(self.batch_buckets)}; use sizes from 1 to 256.")
+
+        if self.resume and self.work_dir is None:
+            raise ConfigError("--resume goes on with what is in a work folder; name that with --work-dir DIR.")
 
     @property
     def resolved_target(self) -> Target:

@@ -27,6 +27,7 @@ from gptq_compile.passes.gptq.importance import downstream_attention, received_a
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.gptq.solution import Solution
 from gptq_compile.passes.gptq.solver import prepare, solve
+from gptq_compile.passes.gptq.store import SolutionStore
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program, where
 from gptq_compile.passes.stage_runner import Env, Runner
@@ -70,6 +71,7 @@ class GptqQuantize(Pass):
         calibration: int64 ``[sequences, tokens]`` ids; not needed for ``method="rtn"``.
         device: where to compute.
         on_linear: called with the report of each finished linear and (index, total).
+        store: keeps finished solves, and knows those of an earlier run, which are taken over as they are.
     """
 
     name = "gptq_quantize"
@@ -81,9 +83,10 @@ class GptqQuantize(Pass):
         calibration: Tensor | None = None,
         device: str | torch.device = "cpu",
         on_linear: Callable[[LinearReport, int, int], None] | None = None,
+        store: SolutionStore | None = None,
     ) -> None:
         self.config, self.calibration, self.device = config, calibration, torch.device(device)
-        self.on_linear = on_linear
+        self.on_linear, self.store = on_linear, store
         self.reports: list[LinearReport] = []
 
     def requires(self, program: Program) -> None:
@@ -121,32 +124,44 @@ class GptqQuantize(Pass):
     def _calibrated(self, program: Program, linears: list[Node], solutions: dict[Node, Solution]) -> None:
         assert self.calibration is not None
         stages = stages_of(program, linears, self.config.sequential)
+        kept = self._finished(linears)
+        todo = [[g for g in s.groups if not all(n.args[1] in kept for n in g.linears)] for s in stages]
+        end = max((i + 1 for i, groups in enumerate(todo) if groups), default=0)  # stages that need activations
         runner = Runner(program, self.device)
-        states = [self._inputs(program, ids) for ids in self.calibration]
-        weights = self._token_weights(program, runner)
+        states = [self._inputs(program, ids) for ids in self.calibration] if end else []
+        weights = self._token_weights(program, runner) if end else None
         for index, stage in enumerate(stages):
             sources = [g.source for g in stage.groups]
-            later = [n for s in stages[index + 1 :] for n in s.nodes] + ([] if stage.rerun else own_linears(stage))
+            later = [n for s in stages[index + 1 : end] for n in s.nodes] + ([] if stage.rerun else own_linears(stage))
             hessians = {
                 g.source: Hessian(features_of(g), device=self.device, name=where(g.source), drop_bad=True)
-                for g in stage.groups
+                for g in todo[index]
             }
-            live = live_values(later) | set(sources)
-            overrides = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
-            loaded = runner.load(stage.nodes, overrides)
-            for i, state in enumerate(states):
-                values = runner.run(state, stage.nodes, live, loaded)
-                for group in stage.groups:
-                    hessians[group.source].add(values[group.source], weights(group.source, i))
-                if not stage.rerun:
-                    states[i] = values
+            if index < end and (hessians or not stage.rerun):
+                live = live_values(later) | set(sources)
+                overrides = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
+                loaded = runner.load(stage.nodes, overrides)
+                for i, state in enumerate(states):
+                    values = runner.run(state, stage.nodes, live, loaded)
+                    for source, hessian in hessians.items():
+                        assert weights is not None
+                        hessian.add(values[source], weights(source, i))
+                    if not stage.rerun:
+                        states[i] = values
             for group in stage.groups:
-                self._solve(program, group, hessians.pop(group.source), solutions)
-            if stage.rerun and later:
+                self._solve(program, group, hessians.pop(group.source, None), kept, solutions)
+            if stage.rerun and index + 1 < end:
                 mine = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
                 loaded = runner.load(stage.nodes, mine)
                 for i, state in enumerate(states):
                     states[i] = runner.run(state, stage.nodes, live_values(later), loaded)
+
+    def _finished(self, linears: list[Node]) -> dict[Node, Solution]:
+        """Solutions of an earlier run, by weight."""
+        if self.store is None:
+            return {}
+        found = {w: self.store.finished(w.meta["param"]) for w in dict.fromkeys(n.args[1] for n in linears)}
+        return {weight: solution for weight, solution in found.items() if solution is not None}
 
     def _inputs(self, program: Program, ids: Tensor) -> Env:
         n = ids.numel()
@@ -180,16 +195,32 @@ class GptqQuantize(Pass):
             start = stop
         return lambda source, sequence: token_weights(received[sequence], reach[source], self.config.token_strength)
 
-    def _solve(self, program: Program, group: Group, hessian: Hessian, solutions: dict[Node, Solution]) -> None:
+    def _solve(
+        self,
+        program: Program,
+        group: Group,
+        hessian: Hessian | None,
+        kept: dict[Node, Solution],
+        solutions: dict[Node, Solution],
+    ) -> None:
         todo = [n for n in group.linears if n.args[1] not in solutions]
-        if not todo:
+        if all(n.args[1] in kept for n in todo):
+            for node in todo:
+                self._store(node, kept.pop(node.args[1]), solutions)
             return
+        assert hessian is not None
         # Linears that read the same value see the same tokens, so they are one problem with more rows.
         names = [weight_name(n) for n in todo]
         stacked = torch.cat([self._weight(program, n) for n in todo])
         solution = solve(stacked, prepare(hessian, self.config), self.config, name=", ".join(names))
         rows = [int(n.args[1].meta["val"].shape[0]) for n in todo]
-        for node, part in zip(todo, solution.split(rows), strict=True):
+        self._keep(todo, solution.split(rows), solutions)
+
+    def _keep(self, nodes: list[Node], parts: list[Solution], solutions: dict[Node, Solution]) -> None:
+        """Makes the solutions of one group durable, then reports them."""
+        if self.store is not None:
+            self.store.keep({weight_name(n): part for n, part in zip(nodes, parts, strict=True)})
+        for node, part in zip(nodes, parts, strict=True):
             self._store(node, part, solutions)
 
     def _store(self, node: Node, solution: Solution, solutions: dict[Node, Solution]) -> None:

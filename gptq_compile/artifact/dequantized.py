@@ -57,6 +57,7 @@ def write_dequantized(
     *,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> Path:
     """Writes a folder that ``AutoModelForCausalLM.from_pretrained`` loads, one tensor in memory at a time.
 
@@ -67,6 +68,7 @@ def write_dequantized(
         out: a place that does not exist or is an empty folder.
         dtype: of the floating-point tensors: float32, float16 or bfloat16.
         shard_bytes: most bytes of one file.
+        overwrite: replace a folder with a ``config.json`` that is there.
 
     Returns:
         The folder.
@@ -84,7 +86,7 @@ def write_dequantized(
     sizes = {name: math.prod(params.shape(name)) * _stored(params.dtype(name), dtype).itemsize for name in plan}
     shards = _shards(sizes, shard_bytes)
     needed = sum(sizes.values())
-    with StagedFolder(out, disk_needed=needed) as folder:
+    with StagedFolder(out, overwrite=is_model if overwrite else None, disk_needed=needed) as folder:
         where: dict[str, str] = {}
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -109,6 +111,11 @@ def write_dequantized(
             folder.add(content, name)
         folder.commit()
     return folder.out
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder looks like what :func:`write_dequantized` writes."""
+    return (folder / "config.json").is_file()
 
 
 def _fitting(name: str, shape: tuple[int, ...], value: Tensor | Callable[[], Tensor]) -> Callable[[], Tensor]:

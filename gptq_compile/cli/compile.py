@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_compile.cli.output import note_line
 from gptq_compile.cli.parser import Parser
 from gptq_compile.errors import ConfigError
 from gptq_compile.options import DTYPES, CompileOptions
@@ -53,6 +54,13 @@ def compile_with(options: CompileOptions, report: Reporter, *, dry_run: bool) ->
         report.finish(compile_model(options, report, dry_run=dry_run), dry_run=dry_run)
     except Exception as e:
         report.failed(e)
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM
+        if options.work_dir is not None and not dry_run:
+            from gptq_compile.workdir.folder import holds_work
+
+            if holds_work(options.work_dir):
+                note_line(f"What was finished is kept in {options.work_dir}; add --resume to go on with it.")
         raise
     return 0
 
@@ -209,6 +217,13 @@ def _output(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="also write a Hugging Face folder with the dequantized weights, to check the result against",
     )
+    group.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep every finished solve, and the calibration text the model writes, in DIR while the run goes on",
+    )
+    group.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in --work-dir")
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it is a compiled model")
     group.add_argument("--dry-run", action="store_true", default=False, help="print the plan and stop")
     group.add_argument("--json", action="store_true", default=False, help="events as JSON lines on stdout")

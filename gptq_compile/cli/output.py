@@ -15,6 +15,11 @@ def error_line(sentence: str) -> None:
     print(f"{word} {sentence}", file=sys.stderr, flush=True)
 
 
+def note_line(sentence: str) -> None:
+    """Prints a sentence that is not an error on stderr."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
 def json_line(value: Any) -> None:
     """Prints one JSON value as one line on stdout, at once."""
     print(json.dumps(value, ensure_ascii=False, default=str), flush=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -99,6 +100,10 @@ class ModelSource:
 
     def hashes(self) -> dict[str, str]:
         """File name -> sha256 of the files the model was read from (reads them all: about a second per gigabyte)."""
+        return dict(self._hashes)
+
+    @functools.cached_property
+    def _hashes(self) -> dict[str, str]:
         digests = {}
         for path in self.inputs:
             with path.open("rb") as f:
