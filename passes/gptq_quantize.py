@@ -206,7 +206,7 @@ class GptqQuantize(Pass):
         todo = [n for n in group.linears if n.args[1] not in solutions]
         if all(n.args[1] in kept for n in todo):
             for node in todo:
-                self._store(node, kept.pop(node.args[1]), solutions)
+                self._store(node, kept[node.args[1]], solutions)
             return
         assert hessian is not None
         # Linears that read the same value see the same tokens, so they are one problem with more rows.

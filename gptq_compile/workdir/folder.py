@@ -129,19 +129,20 @@ class WorkFolder:
         if name not in self._entries:
             return None
         line = self._entries[name]
+        content, damage = b"", ""
         try:
             content = (self.path / line["file"]).read_bytes()
         except OSError as e:
-            return self._drop(name, e.strerror or str(e))
-        if len(content) != line["size"]:
-            return self._drop(name, f"it has {len(content)} bytes instead of {line['size']}")
-        if hashlib.sha256(content).hexdigest() != line["sha256"]:
-            return self._drop(name, "its content is not what was written")
+            damage = e.strerror or str(e)
+        if not damage and len(content) != line["size"]:
+            damage = f"it has {len(content)} bytes instead of {line['size']}"
+        if not damage and hashlib.sha256(content).hexdigest() != line["sha256"]:
+            damage = "its content is not what was written"
+        if damage:
+            log.warning("%s in %s is damaged (%s), so its work is done again.", line["file"], self.path, damage)
+            del self._entries[name]
+            return None
         return content
-
-    def _drop(self, name: str, why: str) -> None:
-        line = self._entries.pop(name)
-        log.warning("%s in %s is damaged (%s), so its work is done again.", line["file"], self.path, why)
 
     # -- what is on the disk
 

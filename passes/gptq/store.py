@@ -57,7 +57,11 @@ def load(content: bytes) -> dict[str, Solution]:
     """
     import safetensors.numpy
 
-    tensors = {key: torch.from_numpy(value.copy()) for key, value in safetensors.numpy.load(content).items()}
+    try:
+        arrays = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as e:
+        raise ValueError(str(e)) from e
+    tensors = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
     length = int.from_bytes(content[:8], "little")
     about = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["solutions"])
     return {
