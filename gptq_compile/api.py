@@ -19,12 +19,14 @@ import torch
 from gptq_compile import __version__
 from gptq_compile.artifact.dequantized import dequantized_weights, is_model, write_dequantized
 from gptq_compile.artifact.files import StagedFolder
+from gptq_compile.artifact.tensors import HEADER_BYTES
 from gptq_compile.artifact.writer import ArtifactWriter
 from gptq_compile.calibration import SELF, CalibrationConfig, load_calibration
 from gptq_compile.errors import PassError
 from gptq_compile.frontend.source import ModelSource, load_source
 from gptq_compile.frontend.trace import trace
 from gptq_compile.options import CompileOptions
+from gptq_compile.passes.budget import BudgetedQuantize, Footprint, stored_bits
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
@@ -74,7 +76,8 @@ class Plan:
         name, model_type, parameters, context_length: the model.
         linears: linears that will be quantized; ``quantized_parameters``: their weights.
         bytes_before: the checkpoint's weights as float16. ``bytes_after``: the artifact's weights.
-        bits_per_weight: average over the quantized weights, scales and zero points included.
+        bits_per_weight: average over the quantized weights, scales and zero points included; the bound where bits are
+            chosen by ``avg_bits`` or ``max_size``.
         memory: estimated peak bytes of quantization. ``settings``: the resolved options.
     """
 
@@ -177,9 +180,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         with clock("quantize"):
             if work.solutions:
                 progress.note(f"{len(work.solutions)} linears were finished by an earlier run and are taken over.")
-            quantize = GptqQuantize(
-                options.quantize, calibration, options.resolved_device, progress.linear, work.solutions
-            )
+            quantize = _quantizer(options, calibration, progress, work)
             manager.run([quantize], program)
         if options.dequantized is not None:
             with clock("dequantize"):
@@ -251,6 +252,19 @@ class _Manager:
             raise _Stopped
 
 
+def _quantizer(
+    options: CompileOptions, calibration: torch.Tensor | None, progress: Progress, work: Work
+) -> GptqQuantize:
+    config, device = options.quantize, options.resolved_device
+    if not config.budgeted:
+        return GptqQuantize(config, calibration, device, progress.linear, work.solutions)
+    width = getattr(torch, options.resolved_dtype).itemsize
+    footprint = Footprint(options.resolved_target, width, HEADER_BYTES)
+    return BudgetedQuantize(
+        config, calibration, device, progress.linear, work.solutions, footprint=footprint, note=progress.note
+    )
+
+
 def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Plan:
     """Sizes from shapes; the program is as traced, so linears are counted on a normalized copy."""
     from gptq_compile.passes.normalize import Normalize
@@ -262,10 +276,10 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
     weights = quantized = 0
     for node in linears:
         rows, columns = (int(d) for d in node.meta["val"].shape)
-        config.validate_for_layer(columns, node.meta["param"])
+        if not config.budgeted:
+            config.validate_for_layer(columns, node.meta["param"])
         quantized += rows * columns
-        grid = 2 if config.sym else 3  # float16 scale, and a uint8 zero point
-        weights += rows * (math.ceil(columns * config.wbits / 8) + config.groups_in(columns) * grid)
+        weights += stored_bits(rows, columns, config) // 8
     if options.stop_after is not None:
         known = [
             p.name
@@ -279,7 +293,12 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
             raise PassError(f"There is no pass called {options.stop_after!r}. The pipeline has: {', '.join(known)}.")
     parameters = source.parameter_count
     width = 4 if options.resolved_dtype == "float32" else 2
-    after = weights + (parameters - quantized) * width
+    rest = (parameters - quantized) * width
+    if config.avg_bits is not None:
+        weights = math.floor(config.avg_bits * quantized / 8)
+    elif config.max_size is not None:
+        weights = max(0, config.max_size - rest)
+    after = weights + rest
     largest = max((math.prod(n.meta["val"].shape) for n in linears), default=0)
     hidden = max((int(n.meta["val"].shape[1]) for n in linears), default=0)
     tokens = config.nsamples * config.seqlen if config.method == "gptq" else 0
@@ -357,7 +376,11 @@ def _manifest(
         },
         "target": {"kind": target.kind, "archs": list(target.archs), "machine_code": list(built.archs)},
         "dtype": options.resolved_dtype,
-        "quantization": {**options.as_dict(), "layers": layers_done},
+        "quantization": {
+            **options.as_dict(),
+            **({"budget": program.attrs["budget"]} if "budget" in program.attrs else {}),
+            "layers": layers_done,
+        },
         "kv_cache": {
             "page_size": int(caches[0].meta["val"].shape[2]),
             "dtype": options.resolved_dtype,

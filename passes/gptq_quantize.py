@@ -72,6 +72,9 @@ class GptqQuantize(Pass):
         device: where to compute.
         on_linear: called with the report of each finished linear and (index, total).
         store: keeps finished solves, and knows those of an earlier run, which are taken over as they are.
+
+    Attributes:
+        settings: weight name -> settings of its linear, where they are not the common ones.
     """
 
     name = "gptq_quantize"
@@ -88,6 +91,7 @@ class GptqQuantize(Pass):
         self.config, self.calibration, self.device = config, calibration, torch.device(device)
         self.on_linear, self.store = on_linear, store
         self.reports: list[LinearReport] = []
+        self.settings: dict[str, QuantizeConfig] = {}
 
     def requires(self, program: Program) -> None:
         if self.config.method == "gptq" and (self.calibration is None or self.calibration.numel() == 0):
@@ -99,13 +103,14 @@ class GptqQuantize(Pass):
         if not linears:
             return False
         for node in linears:
-            self.config.validate_for_layer(int(node.args[1].meta["val"].shape[1]), weight_name(node))
+            self._config(node).validate_for_layer(int(node.args[1].meta["val"].shape[1]), weight_name(node))
         self.total = len({n.args[1] for n in linears})
         solutions: dict[Node, Solution] = {}
         if self.config.method == "rtn":
             for node in linears:
                 if node.args[1] not in solutions:
-                    self._store(node, rtn(self._weight(program, node), self.config, name=weight_name(node)), solutions)
+                    weight = self._weight(program, node)
+                    self._store(node, rtn(weight, self._config(node), name=weight_name(node)), solutions)
         else:
             self._calibrated(program, linears, solutions)
         for node in linears:
@@ -115,6 +120,9 @@ class GptqQuantize(Pass):
                 program.graph.erase_node(node)
         program.attrs["quantization"] = [asdict(r) for r in self.reports]
         return True
+
+    def _config(self, node: Node) -> QuantizeConfig:
+        return self.settings.get(weight_name(node), self.config)
 
     def _weight(self, program: Program, node: Node) -> Tensor:
         return program.params.get(node.args[1].meta["param"]).to(self.device, torch.float32)
@@ -160,8 +168,16 @@ class GptqQuantize(Pass):
         """Solutions of an earlier run, by weight."""
         if self.store is None:
             return {}
-        found = {w: self.store.finished(w.meta["param"]) for w in dict.fromkeys(n.args[1] for n in linears)}
-        return {weight: solution for weight, solution in found.items() if solution is not None}
+        found: dict[Node, Solution] = {}
+        for node in linears:
+            solution = self.store.finished(weight_name(node))
+            config, columns = self._config(node), int(node.args[1].meta["val"].shape[1])
+            if solution is not None and (solution.bits, solution.group_size) == (
+                config.wbits,
+                config.group_for(columns),
+            ):
+                found[node.args[1]] = solution
+        return found
 
     def _inputs(self, program: Program, ids: Tensor) -> Env:
         n = ids.numel()
@@ -209,12 +225,18 @@ class GptqQuantize(Pass):
                 self._store(node, kept[node.args[1]], solutions)
             return
         assert hessian is not None
-        # Linears that read the same value see the same tokens, so they are one problem with more rows.
-        names = [weight_name(n) for n in todo]
-        stacked = torch.cat([self._weight(program, n) for n in todo])
-        solution = solve(stacked, prepare(hessian, self.config), self.config, name=", ".join(names))
-        rows = [int(n.args[1].meta["val"].shape[0]) for n in todo]
-        self._keep(todo, solution.split(rows), solutions)
+        factor = prepare(hessian, self.config)
+        # Linears that read the same value see the same tokens: one problem with more rows, where settings agree.
+        for config in dict.fromkeys(self._config(n) for n in todo):
+            part = [n for n in todo if self._config(n) == config]
+            if all(n.args[1] in kept for n in part):
+                for node in part:
+                    self._store(node, kept[node.args[1]], solutions)
+                continue
+            stacked = torch.cat([self._weight(program, n) for n in part])
+            solution = solve(stacked, factor, config, name=", ".join(weight_name(n) for n in part))
+            rows = [int(n.args[1].meta["val"].shape[0]) for n in part]
+            self._keep(part, solution.split(rows), solutions)
 
     def _keep(self, nodes: list[Node], parts: list[Solution], solutions: dict[Node, Solution]) -> None:
         """Makes the solutions of one group durable, then reports them."""

@@ -21,7 +21,7 @@ from gptq_compile.errors import OutputError
 
 ALIGNMENT = 64  # of every tensor of an artifact, so that a memory map can be used in place
 _PADDING = "__padding__"
-_RESERVED = 64 << 10
+HEADER_BYTES = 64 << 10
 _CHUNK = 8 << 20
 # numpy and torch names -> safetensors' names.
 _DTYPES = {
@@ -63,7 +63,7 @@ class TensorWriter:
         path: Path,
         metadata: Mapping[str, str] | None = None,
         *,
-        reserve: int = _RESERVED,
+        reserve: int = HEADER_BYTES,
         alignment: int = ALIGNMENT,
     ) -> None:
         """Creates the file.

@@ -74,7 +74,7 @@ def to_options(arguments: argparse.Namespace) -> CompileOptions:
     given = _with_defaults(vars(arguments))
     quantize = QuantizeConfig(**{k: v for k, v in given.items() if k in _QUANTIZE})
     rest = {k: v for k, v in given.items() if k in _COMPILE and k != "out"}
-    out = given.get("out") or _default_out(arguments.model, rest.get("target", _COMPILE["target"]), quantize.wbits)
+    out = given.get("out") or _default_out(arguments.model, rest.get("target", _COMPILE["target"]), quantize)
     return CompileOptions(out=Path(out).expanduser(), quantize=quantize, **rest)
 
 
@@ -90,9 +90,14 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return given if on_gpu else {**given, **_SELF_ON_CPU}
 
 
-def _default_out(model: str, target: str, wbits: int) -> str:
+def _default_out(model: str, target: str, quantize: QuantizeConfig) -> str:
+    bits = f"w{quantize.wbits if quantize.avg_bits is None else quantize.avg_bits:g}"
+    if quantize.max_size is not None:
+        bits = f"{quantize.max_size / 1e6:g}MB"
+    elif quantize.max_ppl_increase is not None:
+        bits = f"ppl{100 * quantize.max_ppl_increase:g}"
     name = Path(model).name.removesuffix(".gguf") if Path(model).name not in ("", ".", "..") else "model"
-    return re.sub(r"[^\w.-]+", "-", f"{name}-{target.partition(':')[0]}-w{wbits}")
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{target.partition(':')[0]}-{bits}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,7 +144,23 @@ def _target(group: argparse._ArgumentGroup) -> None:
 
 def _quantization(group: argparse._ArgumentGroup) -> None:
     default = _QUANTIZE
-    group.add_argument("--wbits", "--bits", type=int, metavar="N", help=f"2, 3, 4 or 8 (default: {default['wbits']})")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--wbits", "--bits", type=int, metavar="N", help=f"2, 3, 4 or 8 (default: {default['wbits']})")
+    bits.add_argument(
+        "--avg-bits",
+        type=float,
+        metavar="F",
+        help="choose bits and group size of every linear by measured sensitivity, so that its weights take F bits on "
+        "average, scales and zero points included",
+    )
+    bits.add_argument("--max-size", type=_bytes, metavar="SIZE", help="the same, with all weights in SIZE, as 90MB")
+    bits.add_argument(
+        "--max-ppl-increase",
+        type=_share,
+        metavar="X",
+        help="the same, with perplexity on held-out calibration text raised by X at most, as 5%% or 0.05 (quantizes "
+        "several times)",
+    )
     group.add_argument(
         "--group-size",
         "--groupsize",
@@ -254,6 +275,25 @@ def _switch(
     group.add_argument(
         *off_flags, dest=name, action="store_false", help=argparse.SUPPRESS if not off else f"not {flag}"
     )
+
+
+def _bytes(text: str) -> int:
+    """Bytes of words like 90MB, 1.5 GiB or 90000000."""
+    units = {"": 1, **{f"{p}{i}B": (1024 if i else 1000) ** (n + 1) for n, p in enumerate("KMGT") for i in ("", "i")}}
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Za-z]*)", text.strip())
+    unit = {u.lower(): v for u, v in units.items()}.get(match.group(2).lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"The size {text!r} is not a number of bytes, as 90MB, 1.5GiB or 90000000.")
+    return int(float(match.group(1)) * unit)
+
+
+def _share(text: str) -> float:
+    """A fraction, or a percentage with its sign."""
+    number = text.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if number != text.strip() else 1)
+    except ValueError:
+        raise ConfigError(f"The increase {text!r} is not a number, as 5% or 0.05.") from None
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -111,7 +111,9 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 def _settings(q: dict[str, Any]) -> str:
     group = q.get("group_size")
     words = [
-        f"{q.get('wbits', '?')} bits",
+        f"{q['budget']['bits_per_weight']:.3f} bits a weight on average"
+        if "budget" in q
+        else f"{q.get('wbits', '?')} bits",
         "one group per row" if group == -1 else f"groups of {group}",
         "symmetric" if q.get("sym") else "asymmetric",
         str(q.get("method", "?")).upper(),

@@ -149,7 +149,19 @@ def _grid(options: CompileOptions) -> str:
     q = options.quantize
     group = "one group per row" if q.group_size == -1 else f"groups of {q.group_size}"
     head = ", lm_head too" if q.quantize_lm_head else ""
-    return f"{q.wbits} bits, {group}, {'symmetric' if q.sym else 'asymmetric'}{head}"
+    bits = f"{q.wbits} bits" if not q.budgeted else f"bits by measured sensitivity, {_bound(options)}"
+    return (
+        f"{bits}, {group if not q.budgeted else group + ' or smaller'}, {'symmetric' if q.sym else 'asymmetric'}{head}"
+    )
+
+
+def _bound(options: CompileOptions) -> str:
+    q = options.quantize
+    if q.avg_bits is not None:
+        return f"{q.avg_bits:g} a weight on average with scales and zero points"
+    if q.max_size is not None:
+        return f"all weights in {size(q.max_size)}"
+    return f"perplexity up by {q.max_ppl_increase:.2%} at most"
 
 
 def _count(n: int) -> str:

@@ -47,6 +47,11 @@ class QuantizeConfig:
         token_weighting: How calibration tokens are weighted in the Hessian: "attention" (by the attention they receive,
             see `passes/gptq/importance.py`) or "none" (equally, as the paper does).
         token_strength: Weight of received attention against a token's own prediction.
+        avg_bits: Choose bits and group size of each linear so that quantized weights take this many bits on average,
+            scales and zero points included; `wbits` is not read then, and `group_size` is the largest group.
+        max_size: The same with the bytes of all weights of the artifact as the bound.
+        max_ppl_increase: The same with the relative increase of perplexity (0.05 is 5 %) on held-out calibration
+            sequences as the bound.
     """
 
     wbits: int = 4
@@ -65,6 +70,9 @@ class QuantizeConfig:
     quantize_lm_head: bool = False
     token_weighting: str = "attention"
     token_strength: float = 0.03
+    avg_bits: float | None = None
+    max_size: int | None = None
+    max_ppl_increase: float | None = None
 
     def __post_init__(self) -> None:
         if not _is_int(self.wbits) or self.wbits not in BITS:
@@ -98,6 +106,25 @@ class QuantizeConfig:
             raise ConfigError(f"token_strength is {self.token_strength!r}; use a number of at least 0.")
         if not (math.isfinite(self.token_strength) and self.token_strength >= 0):
             raise ConfigError(f"token_strength is {self.token_strength!r}; it must be finite and at least 0.")
+
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        given = [n for n in ("avg_bits", "max_size", "max_ppl_increase") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} were given, but there can be one budget only.")
+        if not given:
+            return
+        if self.method != "gptq":
+            raise ConfigError(f"{given[0]} is kept by measuring on calibration tokens, so the method must be gptq.")
+        value = getattr(self, given[0])
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{given[0]} is {value!r}; use a number above 0.")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether bits and group size are chosen per linear."""
+        return any(v is not None for v in (self.avg_bits, self.max_size, self.max_ppl_increase))
 
     @property
     def clips(self) -> bool:

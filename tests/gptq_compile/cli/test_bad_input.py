@@ -75,6 +75,11 @@ RTN = ("--method", "rtn", "--group-size", "32", "-o", "out")
         (["--batch-buckets", "0,1"], ["batch buckets", "1 to 256"]),
         (["--batch-buckets", "a"], ["'a'", "1,2,4,8"]),
         (["--sequential", "no"], ["--sequential", "block"]),
+        (["--wbits", "4", "--avg-bits", "3.5"], ["--avg-bits", "--wbits"]),
+        (["--avg-bits", "0"], ["avg_bits", "above 0"]),
+        (["--max-size", "big"], ["'big'", "90MB"]),
+        (["--max-ppl-increase", "x%"], ["'x%'", "5%"]),
+        (["--avg-bits", "3", "--method", "rtn"], ["avg_bits", "gptq"]),
         (["--frobnicate"], ["--frobnicate"]),
         (["--seq", "3"], ["--seq"]),  # no abbreviations: it could be --seqlen or --sequential
     ],

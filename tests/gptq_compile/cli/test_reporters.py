@@ -98,6 +98,12 @@ def test_events_are_json_without_nan(fake: None, capsys: pytest.CaptureFixture[s
         (["--quantize-lm-head"], "quantize_lm_head", True),
         (["--token-weighting", "attention"], "token_weighting", "attention"),
         (["--method", "rtn"], "method", "rtn"),
+        (["--avg-bits", "3.5"], "avg_bits", 3.5),
+        (["--max-size", "90MB"], "max_size", 90_000_000),
+        (["--max-size", "1.5 GiB"], "max_size", 3 << 29),
+        (["--max-size", "1234"], "max_size", 1234),
+        (["--max-ppl-increase", "5%"], "max_ppl_increase", 0.05),
+        (["--max-ppl-increase", "0.5"], "max_ppl_increase", 0.5),
         (["--nsamples", "3", "--seqlen", "7", "--seed", "9"], "seqlen", 7),
     ],
 )
@@ -114,6 +120,8 @@ def test_settings_that_are_not_given_keep_their_defaults() -> None:
     assert options("--device", "cpu", "--calibration", "text.txt").quantize == given.quantize
     assert given.out == pathlib.Path("model-cpu-w4")
     assert options("--target", "cuda:sm_90", "--wbits", "3").out == pathlib.Path("model-cuda-w3")
+    assert options("--avg-bits", "3.5").out == pathlib.Path("model-cpu-w3.5")
+    assert options("--max-size", "90MB").out == pathlib.Path("model-cpu-90MB")
     more = options("--batch-buckets", "4,1,4", "--no-validate", "--offline", "--revision", "r", "--dtype", "float16")
     assert more.batch_buckets == (1, 4) and not more.validate and more.offline and more.revision == "r"
     assert more.dtype == "float16" and not more.trust_remote_code

@@ -36,6 +36,11 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
         ({"token_weighting": ""}, "token_weighting is ''"),
         ({"token_weighting": "gradient"}, "use one of attention, none"),
         ({"token_strength": -1}, "token_strength is -1"),
+        ({"avg_bits": 3.5, "max_size": 10}, "avg_bits and max_size were given"),
+        ({"avg_bits": float("nan")}, "avg_bits is nan"),
+        ({"max_size": 0}, "max_size is 0"),
+        ({"max_ppl_increase": True}, "max_ppl_increase is True"),
+        ({"avg_bits": 3.5, "method": "rtn"}, "the method must be gptq"),
         ({"bits": 4}, "Unknown quantization settings bits"),
     ],
 )
