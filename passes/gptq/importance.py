@@ -75,7 +75,8 @@ def token_weights(received: dict[fx.Node, Tensor], layers: frozenset[fx.Node], s
         layers: the attention nodes downstream of the linear.
         strength: weight of received attention against the token's own prediction.
     """
-    chosen = [received[layer] for layer in layers if layer in received]
+    # In the order of the dict, which is the graph's: a set's changes from process to process, and with it the rounding.
+    chosen = [value for layer, value in received.items() if layer in layers]
     if not chosen or strength == 0:
         return None
     return 1 + strength * torch.stack(chosen).sum(0)

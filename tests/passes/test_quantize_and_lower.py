@@ -183,3 +183,23 @@ def test_token_weights_count_the_layers_downstream(traced):
     received = {layer: torch.tensor([4.0, 1.0]) for layer in layers}
     assert token_weights(received, reach[last_down.args[0]], 0.5) is None
     assert token_weights(received, frozenset(layers), 0.5).tolist() == [5.0, 2.0]
+
+
+def test_token_weights_do_not_depend_on_the_order_of_a_set():
+    class Layer:
+        """Stands for a node; its hash, in life an address, decides where a set puts it."""
+
+        def __init__(self, place: int) -> None:
+            self.place = place
+
+        def __hash__(self) -> int:
+            return self.place
+
+    values = torch.rand(24, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 6, 24)[:, None]
+    results = []
+    for places in (range(24), range(23, -1, -1)):
+        layers = [Layer(p) for p in places]
+        received = dict(zip(layers, values, strict=True))
+        assert list(frozenset(layers)) == sorted(layers, key=hash)
+        results.append(token_weights(received, frozenset(layers), 0.03))
+    assert torch.equal(*results)
