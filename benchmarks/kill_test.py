@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _SETTINGS = [
-    "--target", "cpu", "--wbits", "3", "--group-size", "32", "--nsamples", "24", "--seqlen", "128",
-    "--batch-buckets", "1",
+    "--target", "cpu", "--wbits", "3", "--group-size", "32", "--nsamples", "16", "--seqlen", "128",
+    "--batch-buckets", "1", "--no-validate",
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: a random llama of three layers)")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: a random llama of two layers)")
     parser.add_argument("settings", nargs="*", help="arguments of gptq-compile, after --")
     arguments = parser.parse_args()
     settings = arguments.settings or _SETTINGS
@@ -89,7 +89,8 @@ def _kill_and_resume(folder: Path, command: list[str], at: float, expected: dict
     time.sleep(at)
     killed = run.kill()
     solves = {p: p.stat().st_mtime_ns for p in work.glob("entries/solve_*") if p.suffix != ".writing"}
-    named = (work / "journal.jsonl").read_bytes().count(b"\n") if (work / "journal.jsonl").exists() else 0
+    journal = (work / "journal.jsonl").read_text() if (work / "journal.jsonl").exists() else ""
+    named = journal.count('{"entry": "solve ')
     resumed = Run(command, folder / "resumed.log")
     status = resumed.wait()
     problems = []
@@ -168,7 +169,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def random_llama(folder: Path) -> Path:
-    """Saves a llama of three layers with random weights and a byte-level tokenizer."""
+    """Saves a llama of two layers with random weights and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -179,7 +180,7 @@ def random_llama(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     config = AutoConfig.for_model(
-        "llama", vocab_size=258, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
+        "llama", vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=256, eos_token_id=257,
     )  # fmt: skip
     torch.manual_seed(0)

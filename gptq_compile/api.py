@@ -32,6 +32,8 @@ from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stages import quantizable
+from gptq_compile.report.page import write_report
+from gptq_compile.report.record import Recorder
 from gptq_compile.workdir.work import Work
 
 log = logging.getLogger(__name__)
@@ -130,8 +132,14 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     Raises:
         GptqCompileError: with a sentence that says what was wrong, where, and what to do.
     """
-    with Work.open(None if dry_run else options.work_dir, options.resume) as work:
-        return _compile(options, progress or Silent(), dry_run, work)
+    with (
+        Work.open(None if dry_run else options.work_dir, options.resume) as work,
+        Recorder(progress or Silent()) as recorder,
+    ):
+        result = _compile(options, recorder, dry_run, work)
+        if result.out is not None:
+            write_report(options.report_path, result, recorder)
+        return result
 
 
 def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: Work) -> CompileResult:

@@ -28,6 +28,7 @@ class CompileOptions:
         batch_buckets: batch sizes that get a decode entry of their own.
         device: where torch quantizes; by default CUDA where torch has it.
         dequantized: also write a Hugging Face folder with the dequantized weights here.
+        report: HTML file that says what was done; by default OUT.report.html, beside the artifact.
         work_dir: folder where finished solves and calibration text are kept while the run goes on. ``resume``: go on
             with what is there.
         validate: run the program's reference before and after every pass and compare.
@@ -46,6 +47,7 @@ class CompileOptions:
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     device: str | None = None
     dequantized: Path | None = None
+    report: Path | None = None
     work_dir: Path | None = None
     resume: bool = False
     validate: bool = True
@@ -85,6 +87,11 @@ class CompileOptions:
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report goes, with the default filled in."""
+        return self.report or self.out.absolute().with_name(f"{self.out.absolute().name}.report.html")
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that decide the result, as plain values."""

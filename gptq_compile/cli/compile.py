@@ -245,6 +245,9 @@ def _output(group: argparse._ArgumentGroup) -> None:
         help="keep every finished solve, and the calibration text the model writes, in DIR while the run goes on",
     )
     group.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in --work-dir")
+    group.add_argument(
+        "--report", type=Path, metavar="FILE", help="HTML report of what was done (default: OUT.report.html)"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it is a compiled model")
     group.add_argument("--dry-run", action="store_true", default=False, help="print the plan and stop")
     group.add_argument("--json", action="store_true", default=False, help="events as JSON lines on stdout")

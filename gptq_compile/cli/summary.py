@@ -86,6 +86,7 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
         _row(table, "damped more", f"{len(damped)} linears, first {damped[0].name}: {damped[0].damp:g}")
     if result.out is not None:
         _row(table, "artifact", f"{size(result.size)} in {result.out}")
+        _row(table, "report", str(options.report_path))
     return table
 
 

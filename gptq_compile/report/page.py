@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: settings, stages, every linear, plots. Wall-clock times live here and not in the artifact, whose bytes
+are to depend on its inputs alone; the figures are also in the page as JSON, under the id ``data``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from string import Template
+from time import gmtime, strftime
+from typing import TYPE_CHECKING, Any
+
+from gptq_compile.artifact.files import create, human
+from gptq_compile.report.plots import Series, plot
+from gptq_compile.report.record import Recorder
+
+if TYPE_CHECKING:
+    from gptq_compile.api import CompileResult
+
+_PAGE = Template("""\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #6a737d; --line: #d8dee4; --page: #ffffff;
+  --a: #0b69c7; --b: #c2570c; --c: #1a7f37; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #8b949e; --line: #30363d; --page: #0d1117;
+  --a: #58a6ff; --b: #f0883e; --c: #56d364; } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 64rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .2rem .7rem .2rem 0; text-align: left;
+  border-bottom: 1px solid var(--line); vertical-align: top; } td.n, th.n { text-align: right;
+  font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; } .none, figcaption, .soft { color: var(--soft); }
+figure { margin: .5rem 0; } svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
+.grid { stroke: var(--line); stroke-width: 1; } polyline { fill: none; stroke-width: 1.6; }
+.s0 { fill: var(--a); stroke: var(--a); color: var(--a); } .s1 { fill: var(--b); stroke: var(--b); color: var(--b); }
+.s2 { fill: var(--c); stroke: var(--c); color: var(--c); } polyline { fill: none !important; }
+</style></head><body>
+<h1>$title</h1>
+<p class="soft">$subtitle</p>
+$notes
+<h2>Error of every linear</h2>
+<p class="soft">Squared output error on the calibration tokens, relative to the output's own energy; a logarithmic
+scale, linears in graph order. Rounding is plain rounding to nearest on the same grid settings.</p>
+$errors
+<h2>Bits of every linear</h2>
+$bits
+<h2>Time</h2>
+$time
+<h2>Memory</h2>
+$memory
+<h2>Stages</h2>
+$stages
+<h2>Settings</h2>
+$settings
+<h2>Linears</h2>
+<div class="wide">$linears</div>
+<script type="application/json" id="data">$data</script>
+</body></html>
+""")
+
+
+def write_report(path: Path, result: CompileResult, run: Recorder) -> None:
+    """Writes the report; a file that is there is replaced whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path.expanduser().absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with create(temporary) as f:
+            f.write(page(result, run).encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def page(result: CompileResult, run: Recorder) -> str:
+    """The report as HTML."""
+    plan, reports = result.plan, result.reports
+    peak = max((s.resident for s in run.samples), default=0)
+    device = max((s.device for s in run.samples), default=0)
+    names = [r.name for r in reports]
+    both = [r for r in reports if r.error is not None and r.error_rtn is not None]
+    worse = sum(r.error > r.error_rtn * 1.0001 for r in both)  # type: ignore[operator]
+    subtitle = [
+        f"{plan.model_type}, {plan.parameters / 1e6:,.1f} million parameters, {plan.linears} linears quantized",
+        f"artifact {human(result.size)} in {result.out}",
+        strftime("%Y-%m-%d %H:%M UTC", gmtime(run.began)),
+    ]
+    if both:
+        mean, rtn = (sum(getattr(r, k) for r in both) / len(both) for k in ("error", "error_rtn"))
+        subtitle.insert(1, f"mean error {mean:.3g} against {rtn:.3g} of rounding, {worse} linears worse than rounding")
+    memory = [Series("process, in memory (GB)", [(s.seconds, s.resident / 1e9) for s in run.samples], line=True)]
+    if device:
+        memory.append(Series("tensors on the GPU (GB)", [(s.seconds, s.device / 1e9) for s in run.samples], line=True))
+    return _PAGE.substitute(
+        title=escape(f"gptq-compile: {plan.name}"),
+        subtitle=escape("; ".join(subtitle)),
+        notes="".join(f"<p>{escape(n)}</p>" for n in run.notes if "calibration tokens" not in n),
+        errors=plot(
+            [
+                Series("as quantized", _points(r.error for r in reports), _labels(names, [r.error for r in reports])),
+                Series(
+                    "rounding", _points(r.error_rtn for r in reports), _labels(names, [r.error_rtn for r in reports])
+                ),
+            ],
+            "linear",
+            "relative error",
+            log=True,
+        ),
+        bits=plot(
+            [Series("bits of a code", _points(r.bits for r in reports), _labels(names, [r.bits for r in reports]))],
+            "linear",
+            "bits",
+        ),
+        time=plot(
+            [Series("linears finished", [(t, i + 1) for i, t in enumerate(run.solved)], line=True)],
+            "seconds",
+            "linears",
+        ),
+        memory=plot(memory, "seconds", "GB")
+        + f'<p class="soft">Peak {human(peak)} in memory{f", {human(device)} on the GPU" if device else ""} '
+        + f"(sampled); predicted for the quantization: {human(plan.memory)}.</p>",
+        stages=_table(["stage", "#seconds"], ([n, f"{s:.1f}"] for n, s in result.seconds.items())),
+        settings=_table(["setting", "value"], ([k, _plain(v)] for k, v in plan.settings.items())),
+        linears=_table(
+            [
+                "linear",
+                "shape",
+                "#bits",
+                "#group",
+                "#error",
+                "#rounding",
+                "#damp",
+                "#dead",
+                "method",
+                "#seconds",
+                "note",
+            ],
+            (
+                [
+                    r.name,
+                    " x ".join(map(str, r.shape)),
+                    str(r.bits),
+                    str(r.group_size),
+                    _figure(r.error),
+                    _figure(r.error_rtn),
+                    f"{r.damp:g}",
+                    str(r.dead_columns),
+                    r.method,
+                    f"{r.seconds:.3f}",
+                    r.note or "",
+                ]
+                for r in reports
+            ),
+        ),
+        data=_data(result, run, peak, device),
+    )
+
+
+def _data(result: CompileResult, run: Recorder, peak: int, device: int) -> str:
+    """All figures as JSON that cannot end the element it stands in."""
+    document = {
+        "model": result.plan.name,
+        "settings": result.plan.settings,
+        "seconds": result.seconds,
+        "predicted_memory": result.plan.memory,
+        "peak_memory": peak,
+        "peak_device_memory": device,
+        "notes": run.notes,
+        "linears": [asdict(r) for r in result.reports],
+        "solved_at": [round(t, 3) for t in run.solved],
+        "memory": [[round(s.seconds, 2), s.resident, s.device] for s in run.samples],
+    }
+    return json.dumps(document, default=str).replace("<", "\\u003c")
+
+
+def _points(values: Iterable[float | None]) -> list[tuple[float, float]]:
+    return [(i + 1, math.nan if v is None else v) for i, v in enumerate(values)]
+
+
+def _labels(names: list[str], values: Iterable[float | None]) -> list[str]:
+    return [f"{name}: {_figure(value)}" for name, value in zip(names, values, strict=True)]
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
+    """A table; columns whose head starts with # hold numbers."""
+    kinds = [' class="n"' if h.startswith("#") else "" for h in heads]
+    out = ["<table><thead><tr>"]
+    out += [f"<th{kind}>{escape(h.removeprefix('#'))}</th>" for h, kind in zip(heads, kinds, strict=True)]
+    out.append("</tr></thead><tbody>")
+    for row in rows:
+        out.append("<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>")
+    out.append("</tbody></table>")
+    return "".join(out)
