@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an artifact says about itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from gptq_compile import __version__
+from gptq_compile.frontend.source import ModelSource
+from gptq_compile.options import CompileOptions
+from gptq_compile.passes.program import Program
+
+
+def manifest(
+    program: Program, source: ModelSource, options: CompileOptions, lowered: Any, built: Any
+) -> dict[str, Any]:
+    """What the artifact says about itself; no times of the clock, so that the same inputs give the same bytes."""
+    layers_done = [
+        {key: value for key, value in layer.items() if key != "seconds"}
+        for layer in program.attrs.get("quantization", [])
+    ]
+    target = options.resolved_target
+    caches = program.inputs[[n.name for n in program.inputs].index("page_table") + 1 :]
+    layers = []
+    for k, v in zip(caches[::2], caches[1::2], strict=True):
+        _, heads, _, dim = k.meta["val"].shape
+        layers.append({"kv_heads": int(heads), "head_dim": int(dim), "v_head_dim": int(v.meta["val"].shape[-1])})
+    versions = {name: _version(name) for name in ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")}
+    return {
+        "model": {
+            "name": source.name,
+            "source": source.source,
+            "model_type": source.config.model_type,
+            "vocab_size": program.info.vocab_size,
+            "context_length": source.context_length,
+            "bos_token_id": source.bos_token_id,
+            "eos_token_ids": source.eos_token_ids,
+            "add_bos": source.add_bos,
+            "inputs": source.hashes(),
+        },
+        "target": {"kind": target.kind, "archs": list(target.archs), "machine_code": list(built.archs)},
+        "dtype": options.resolved_dtype,
+        "quantization": {
+            **options.as_dict(),
+            **({"budget": program.attrs["budget"]} if "budget" in program.attrs else {}),
+            "layers": layers_done,
+        },
+        "kv_cache": {
+            "page_size": int(caches[0].meta["val"].shape[2]),
+            "dtype": options.resolved_dtype,
+            "layers": layers,
+        },
+        "entries": {
+            "forward": "forward",
+            "decode": {str(b): name for b, name in lowered.decode.items()},
+            **{name: name for name in ("sample", "repetition_penalty", "mark_seen", "advance")},
+        },
+        "kernels": {
+            case: {"kernel": choice.kernel.name, "refused": dict(choice.refused)}
+            for case, choice in lowered.kernels.items()
+        },
+        "library": "model.so",
+        "generation": source.generation,
+        "chat": source.chat,
+        "versions": {"gptq-compile": __version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
