@@ -85,7 +85,7 @@ def _test(folder: Path, command: list[str], points: int, rng: random.Random) -> 
 def _kill_and_resume(
     folder: Path, command: list[str], after: str, at: float, expected: dict[str, str]
 ) -> dict[str, Any]:
-    """Kills a run ``at`` seconds after a stage has begun (or after its start), resumes it, and looks at what is there."""
+    """Kills a run ``at`` seconds after a stage has begun (or its start), resumes it, and looks at what is there."""
     folder.mkdir()
     out, work = folder / "out", folder / "work"
     command = [*command, "-o", str(out), "--work-dir", str(work), "--resume"]
