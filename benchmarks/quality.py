@@ -83,7 +83,7 @@ def as_reference(scales: str, rounded_rows: bool) -> Iterator[None]:
 
         def keep(solution: Any, error: Any, baseline: Any, error_rtn: Any, energy: Any) -> Any:
             none = torch.zeros_like(energy, dtype=torch.bool)
-            return solution, RowErrors(error, error_rtn, energy, none), None
+            return solution, RowErrors(error, error_rtn, energy, none)
 
     with mock.patch.object(grid, "to_fp16_up", rounding), mock.patch.object(solver, "_keep_better", keep):
         yield

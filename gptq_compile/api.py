@@ -195,7 +195,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
                 work.claim(options.dequantized)
                 write_dequantized(source, dequantized_weights(program), options.dequantized, overwrite=again)
         with clock("lower"):
-            manager.run(lowering_passes(target, dtype), program)
+            manager.run(lowering_passes(target, dtype, options.resolved_device), program)
     except _Stopped:
         return CompileResult(None, plan, clock.seconds, quantize.reports if quantize else [], manager.records)
     from gptq_compile.kernels.runtime_libs import copy_runtime_libraries

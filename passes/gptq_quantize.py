@@ -24,13 +24,15 @@ from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.importance import downstream_attention, received_attention, token_weights
+from gptq_compile.passes.gptq.phases import collect, phase
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.gptq.solution import Solution
-from gptq_compile.passes.gptq.solver import prepare, solve
+from gptq_compile.passes.gptq.solver import prepare
 from gptq_compile.passes.gptq.store import SolutionStore
+from gptq_compile.passes.gptq.world import World, current, join
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program, where
-from gptq_compile.passes.stage_runner import Env, Runner
+from gptq_compile.passes.stage_runner import Batch, Runner, compute_dtype, params_of, sequences_per_call
 from gptq_compile.passes.stages import (
     Group,
     features_of,
@@ -92,6 +94,8 @@ class GptqQuantize(Pass):
         self.on_linear, self.store = on_linear, store
         self.reports: list[LinearReport] = []
         self.settings: dict[str, QuantizeConfig] = {}
+        self.seconds: dict[str, float] = {}  # phase -> seconds, after a run
+        self.world = World()
 
     def requires(self, program: Program) -> None:
         if self.config.method == "gptq" and (self.calibration is None or self.calibration.numel() == 0):
@@ -106,13 +110,17 @@ class GptqQuantize(Pass):
             self._config(node).validate_for_layer(int(node.args[1].meta["val"].shape[1]), weight_name(node))
         self.total = len({n.args[1] for n in linears})
         solutions: dict[Node, Solution] = {}
+        self.device = join(self.device)
+        self.world = current()
         if self.config.method == "rtn":
             for node in linears:
                 if node.args[1] not in solutions:
                     weight = self._weight(program, node)
                     self._store(node, rtn(weight, self._config(node), name=weight_name(node)), solutions)
         else:
-            self._calibrated(program, linears, solutions)
+            with collect() as phases:
+                self._calibrated(program, linears, solutions)
+            self.seconds = phases.seconds()
         for node in linears:
             _rewrite(program, node, solutions[node.args[1]])
         for node in list(program.graph.nodes):
@@ -135,34 +143,49 @@ class GptqQuantize(Pass):
         kept = self._finished(linears)
         todo = [[g for g in s.groups if not all(n.args[1] in kept for n in g.linears)] for s in stages]
         end = max((i + 1 for i, groups in enumerate(todo) if groups), default=0)  # stages that need activations
-        runner = Runner(program, self.device)
-        states = [self._inputs(program, ids) for ids in self.calibration] if end else []
-        weights = self._token_weights(program, runner) if end else None
-        for index, stage in enumerate(stages):
-            sources = [g.source for g in stage.groups]
-            later = [n for s in stages[index + 1 : end] for n in s.nodes] + ([] if stage.rerun else own_linears(stage))
-            hessians = {
-                g.source: Hessian(features_of(g), device=self.device, name=where(g.source), drop_bad=True)
-                for g in todo[index]
-            }
-            if index < end and (hessians or not stage.rerun):
-                live = live_values(later) | set(sources)
-                overrides = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
-                loaded = runner.load(stage.nodes, overrides)
-                for i, state in enumerate(states):
-                    values = runner.run(state, stage.nodes, live, loaded)
-                    for source, hessian in hessians.items():
-                        assert weights is not None
-                        hessian.add(values[source], weights(source, i))
+        ids = self.calibration[self.world.share(len(self.calibration))]
+        with Runner(program, self.device, compute_dtype(self.config, program, self.device)) as runner:
+            count = sequences_per_call(program, self.device, ids.shape[1]) if end else 1
+            weights = self._token_weights(program, runner, runner.batches(ids, count)) if end else None
+            batches = runner.batches(ids, count) if end else []
+            for index, stage in enumerate(stages):
+                sources = [g.source for g in stage.groups]
+                later = [n for s in stages[index + 1 : end] for n in s.nodes]
+                later += [] if stage.rerun else own_linears(stage)
+                hessians = {
+                    g.source: Hessian(features_of(g), device=self.device, name=where(g.source), drop_bad=True)
+                    for g in todo[index]
+                }
+                solved = [w for w in weights_of(stage.nodes) if w in solutions]
+                if index < end and (hessians or not stage.rerun):
+                    live = live_values(later) | set(sources)
+                    loaded = runner.load(stage.nodes, {w: solutions[w] for w in solved})
                     if not stage.rerun:
-                        states[i] = values
-            for group in stage.groups:
-                self._solve(program, group, hessians.pop(group.source, None), kept, solutions)
-            if stage.rerun and index + 1 < end:
-                mine = {w: solutions[w].weight.to(self.device) for w in weights_of(stage.nodes) if w in solutions}
-                loaded = runner.load(stage.nodes, mine)
-                for i, state in enumerate(states):
-                    states[i] = runner.run(state, stage.nodes, live_values(later), loaded)
+                        runner.park(solved, solutions)
+                    runner.prefetch(
+                        (n.args[1] for g in todo[index] for n in g.linears if n.args[1] not in solutions), exact=True
+                    )
+                    for i, batch in enumerate(batches):
+                        with phase("forward", self.device):
+                            values = runner.run(batch.values, stage.nodes, live, loaded, batch.sequences)
+                            if not stage.rerun:
+                                runner.keep(batch, values)
+                        with phase("Hessian", self.device):
+                            for source, hessian in hessians.items():
+                                assert weights is not None
+                                hessian.add(values[source], weights(source, i))
+                        del values
+                    del loaded
+                for group in stage.groups:
+                    self._solve(program, runner, group, hessians.pop(group.source, None), kept, solutions)
+                if stage.rerun and index + 1 < end:
+                    mine = [w for w in weights_of(stage.nodes) if w in solutions]
+                    loaded = runner.load(stage.nodes, {w: solutions[w] for w in mine})
+                    runner.park(mine, solutions)
+                    for batch in batches:
+                        with phase("forward", self.device):
+                            values = runner.run(batch.values, stage.nodes, live_values(later), loaded, batch.sequences)
+                            runner.keep(batch, values)
 
     def _finished(self, linears: list[Node]) -> dict[Node, Solution]:
         """Solutions of an earlier run, by weight."""
@@ -179,41 +202,38 @@ class GptqQuantize(Pass):
                 found[node.args[1]] = solution
         return found
 
-    def _inputs(self, program: Program, ids: Tensor) -> Env:
-        n = ids.numel()
-        span = torch.arange(n, device=self.device)
-        given = {"input_ids": ids.reshape(1, n).to(self.device), "position_ids": span.reshape(1, n), "logit_rows": span}
-        return {node: given[node.name] for node in program.inputs}
-
-    def _token_weights(self, program: Program, runner: Runner) -> Callable[[Node, int], Tensor | None]:
-        """Runs the original model once and returns the token weights of a group's input in a sequence."""
+    def _token_weights(
+        self, program: Program, runner: Runner, batches: list[Batch]
+    ) -> Callable[[Node, int], Tensor | None]:
+        """Runs the original model once and returns the token weights of a group's input in a batch."""
         if self.config.token_weighting == "none":
-            return lambda source, sequence: None
-        assert self.calibration is not None
+            return lambda source, batch: None
         reach = downstream_attention(program)
         attention = [n for n in program.graph.nodes if n.target is ops.attention.default]
-        received: list[dict[Node, Tensor]] = [{} for _ in self.calibration]
-        states = [self._inputs(program, ids) for ids in self.calibration]
+        received: list[dict[Node, Tensor]] = [{} for _ in batches]
         order = [n for n in program.graph.nodes if n.op == "call_function"]
-        start = 0
-        for layer in attention:
-            stop = order.index(layer)
+        cuts = [order.index(layer) for layer in attention]
+        for layer, start, stop, after in zip(attention, [0, *cuts], cuts, [*cuts[1:], 0], strict=False):
             stretch, operands = order[start:stop], set(layer.all_input_nodes)
-            live = live_values(order[stop:]) | operands
+            live = live_values(order[stop : cuts[-1] + 1]) | operands
             loaded = runner.load([*stretch, layer], {})
-            for i, state in enumerate(states):
-                values = runner.run(state, stretch, live, loaded)
-                lookup = {**loaded, **values}.__getitem__
-                received[i][layer] = received_attention(
-                    fx.node.map_arg(layer.args, lookup), fx.node.map_arg(layer.kwargs, lookup)
-                )
-                states[i] = values
-            start = stop
-        return lambda source, sequence: token_weights(received[sequence], reach[source], self.config.token_strength)
+            runner.prefetch(params_of(order[stop:after]))
+            for i, batch in enumerate(batches):
+                with phase("original forward", self.device):
+                    values = runner.run(batch.values, stretch, live, loaded, batch.sequences)
+                    runner.keep(batch, values)
+                with phase("received attention", self.device):
+                    lookup = {**loaded, **values}.__getitem__
+                    received[i][layer] = received_attention(
+                        fx.node.map_arg(layer.args, lookup), fx.node.map_arg(layer.kwargs, lookup), batch.sequences
+                    )
+                del values, lookup
+        return lambda source, batch: token_weights(received[batch], reach[source], self.config.token_strength)
 
     def _solve(
         self,
         program: Program,
+        runner: Runner,
         group: Group,
         hessian: Hessian | None,
         kept: dict[Node, Solution],
@@ -225,7 +245,8 @@ class GptqQuantize(Pass):
                 self._store(node, kept[node.args[1]], solutions)
             return
         assert hessian is not None
-        factor = prepare(hessian, self.config)
+        self.world.add_up(hessian)
+        factor = prepare(hessian, self.config, consume=True)
         # Linears that read the same value see the same tokens: one problem with more rows, where settings agree.
         for config in dict.fromkeys(self._config(n) for n in todo):
             part = [n for n in todo if self._config(n) == config]
@@ -233,8 +254,9 @@ class GptqQuantize(Pass):
                 for node in part:
                     self._store(node, kept[node.args[1]], solutions)
                 continue
-            stacked = torch.cat([self._weight(program, n) for n in part])
-            solution = solve(stacked, factor, config, name=", ".join(weight_name(n) for n in part))
+            with phase("weights", self.device):
+                stacked = torch.cat([runner.param(n.args[1], exact=True).float() for n in part])
+            solution = self.world.solve(stacked, factor, config, ", ".join(weight_name(n) for n in part))
             rows = [int(n.args[1].meta["val"].shape[0]) for n in part]
             self._keep(part, solution.split(rows), solutions)
 
@@ -264,7 +286,7 @@ class GptqQuantize(Pass):
             seconds=round(stats.seconds, 4),
         )
         self.reports.append(report)
-        if self.on_linear:
+        if self.on_linear and self.world.rank == 0:
             self.on_linear(report, len(self.reports), self.total)
 
 

@@ -12,7 +12,7 @@ import functools
 import torch
 
 from gptq_compile.errors import PassError
-from gptq_compile.kernels import layouts
+from gptq_compile.kernels import layouts, pack_torch
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.dialect import packed_case
@@ -23,13 +23,19 @@ ops = torch.ops.gptq_compile
 
 
 class PackWeights(Pass):
-    """Rewrites ``quant_linear`` into ``packed_linear`` for one target."""
+    """Rewrites ``quant_linear`` into ``packed_linear`` for one target.
+
+    Args:
+        target: whose layout.
+        device: where codes are packed; packed tensors are handed out in host memory.
+    """
 
     name = "pack_weights"
     tolerance = 1e-6  # the reference of a half-precision program dequantizes in another order
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, device: str | torch.device = "cpu") -> None:
         self.target = target
+        self.device = torch.device(device)
 
     def run(self, program: Program) -> bool:
         changed = False
@@ -59,7 +65,7 @@ class PackWeights(Pass):
                     raise PassError(f"{where(node)}: g_idx of {base} does not describe groups of {group} columns.")
         case = packed_case(bits, group, in_features, out_features, zeros is not None, bias is not None, "float32")
         layout = layouts.layout_for(case, self.target)
-        read = functools.partial(_packed, program.params, base, zeros is not None, order, layout, case)
+        read = functools.partial(_packed, program.params, base, zeros is not None, order, layout, case, self.device)
         cache: dict[str, torch.Tensor] = {}
         with program.graph.inserting_before(node):
             if order is not None:
@@ -96,13 +102,19 @@ class PackWeights(Pass):
                 raise PassError(f"{where(node)} was not packed.")
 
 
-def _packed(params, base, has_zeros, order, layout, case) -> dict[str, torch.Tensor]:
+def _packed(params, base, has_zeros, order, layout, case, device) -> dict[str, torch.Tensor]:
     """Reads one linear's codes and grid and packs them."""
-    codes = params.get(f"{base}.codes")
-    if order is not None:
-        codes = codes[:, order]
-    zeros = params.get(f"{base}.zeros").numpy() if has_zeros else None
-    arrays = layout.pack(case, codes.contiguous().numpy(), params.get(f"{base}.scales").numpy(), zeros)
+    codes, scales = params.get(f"{base}.codes"), params.get(f"{base}.scales")
+    zeros = params.get(f"{base}.zeros") if has_zeros else None
+    if device.type != "cpu":
+        codes, scales = codes.to(device), scales.to(device)
+        codes = codes if order is None else codes[:, order.to(device)]
+        zeros = None if zeros is None else zeros.to(device)
+        packed = pack_torch.pack(layout, case, codes, scales, zeros)
+        return {name: tensor.cpu() for name, tensor in packed.items()}
+    codes = codes if order is None else codes[:, order]
+    grid = None if zeros is None else zeros.numpy()
+    arrays = layout.pack(case, codes.contiguous().numpy(), scales.numpy(), grid)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

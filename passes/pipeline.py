@@ -21,8 +21,8 @@ def trace_passes() -> list[Pass]:
     return [Normalize(), RaiseAttention(), RaisePositions(), RaiseOps(), Normalize()]
 
 
-def lowering_passes(target: Target, dtype: str) -> Sequence[Pass]:
-    """From a quantized program to the one that kernels are chosen for."""
+def lowering_passes(target: Target, dtype: str, device: str = "cpu") -> Sequence[Pass]:
+    """From a quantized program to the one that kernels are chosen for; torch packs weights on ``device``."""
     from gptq_compile.passes.insert_kv_cache import InsertKvCache
     from gptq_compile.passes.pack_weights import PackWeights
 
@@ -31,4 +31,4 @@ def lowering_passes(target: Target, dtype: str) -> Sequence[Pass]:
         from gptq_compile.passes.lower_precision import LowerPrecision
 
         passes.append(LowerPrecision(getattr(torch, dtype)))
-    return [*passes, PackWeights(target)]
+    return [*passes, PackWeights(target, device)]

@@ -25,8 +25,8 @@ from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import BITS, QuantizeConfig
 from gptq_compile.passes.gptq.factor import Factor
 from gptq_compile.passes.gptq.hessian import Hessian
+from gptq_compile.passes.gptq.quadratic import row_quadratic
 from gptq_compile.passes.gptq.rtn import rtn
-from gptq_compile.passes.gptq.solution import row_quadratic
 from gptq_compile.passes.gptq.solver import prepare, solve
 from gptq_compile.passes.program import Program, where
 from gptq_compile.passes.stage_runner import Env, Runner

@@ -15,7 +15,7 @@ from gptq_compile.cli.output import note_line
 from gptq_compile.cli.parser import Parser
 from gptq_compile.errors import ConfigError
 from gptq_compile.options import DTYPES, CompileOptions
-from gptq_compile.passes.gptq.config import METHODS, SEQUENTIAL, QuantizeConfig
+from gptq_compile.passes.gptq.config import COMPUTE_DTYPES, METHODS, SEQUENTIAL, QuantizeConfig
 
 if TYPE_CHECKING:
     from gptq_compile.cli.reporters import Reporter
@@ -222,6 +222,11 @@ def _calibration(group: argparse._ArgumentGroup) -> None:
         help=f"tokens of one, at most the context (default: {default['seqlen']}; {_SELF_ON_CPU['seqlen']} likewise)",
     )
     group.add_argument("--seed", type=int, metavar="N", help=f"seed of the sequences (default: {default['seed']})")
+    group.add_argument(
+        "--compute-dtype",
+        choices=COMPUTE_DTYPES,
+        help="type in which the sequences run through the model (default: float32 on a CPU, the model's own on a GPU)",
+    )
     group.add_argument("--device", metavar="D", help="where torch quantizes: cpu, cuda (default: cuda if there)")
 
 

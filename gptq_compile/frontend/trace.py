@@ -83,6 +83,8 @@ def build_model(config: Any, attention: str) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    parts = [config, *(p for p in [config.get_text_config()] if p is not config)]
+    stored = [part.dtype for part in parts]
     try:
         with _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,6 +96,9 @@ def build_model(config: Any, attention: str) -> nn.Module:
             )
     except ValueError as e:
         raise ModelError(f"transformers cannot build a causal language model of type {config.model_type!r}: {e}") from e
+    finally:
+        for part, dtype in zip(parts, stored, strict=True):  # the constructor leaves float32 in the caller's config
+            part.dtype = dtype
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False  # not every forward takes use_cache as an argument
     return model.eval().requires_grad_(False)

@@ -20,7 +20,7 @@ SERIAL_ROWS = 16384  # rows below which a column's operations are too short to s
 
 
 @functools.cache
-def _fused() -> Callable[..., Tensor] | None:
+def _fused() -> Callable[..., None] | None:
     """The one-launch CUDA version, or None without Triton (an optional part of torch's CUDA wheels)."""
     try:
         from gptq_compile.passes.gptq.columns_triton import quantize_panel_fused
@@ -41,9 +41,11 @@ def quantize_panel(
     inverse_pivots: list[float],
     scales: Tensor,
     zeros: Tensor,
+    groups: Tensor,
     top: int,
     error: Tensor,
-) -> Tensor:
+    codes: Tensor,
+) -> None:
     """Quantize P columns, each with the corrections of those before it (paper equations 4 and 5).
 
     Left-looking: a column gathers its corrections by one matrix-vector product just before it is rounded, so a column
@@ -52,19 +54,19 @@ def quantize_panel(
     Args:
         work: f32[P, N] weights, transposed, corrected for all earlier columns; overwritten.
         upper: f32[P, P] diagonal block of U, U^T U = H^-1.
-        inverse_pivots: 1 / U[i, i].
-        scales: f32[P, N] scale of each weight.
-        zeros: f32[P, N] zero point of each weight.
+        inverse_pivots: 1 / U[i, i] (not read by the CUDA version).
+        scales: f32[G, N] scale of each weight by group.
+        zeros: f32[G, N] zero points.
+        groups: i64[P] group of each column.
         top: Largest code.
         error: f32[P, N], receives (w - dequantized w) / U[i, i].
-
-    Returns:
-        Codes u8[P, N].
+        codes: u8[P, N], receives the codes.
     """
     if work.is_cuda and (fused := _fused()) is not None:
-        return fused(work, upper, scales, zeros, top, error)
+        fused(work, upper, scales, zeros, groups, top, error, codes)
+        return
     with one_thread(work.device.type == "cpu" and work.shape[1] < SERIAL_ROWS):
-        return _quantize_panel(work, upper, inverse_pivots, scales, zeros, top, error)
+        codes.copy_(_quantize_panel(work, upper, inverse_pivots, scales[groups], zeros[groups], top, error))
 
 
 def _quantize_panel(

@@ -14,6 +14,7 @@ BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "rtn")
 SEQUENTIAL = ("true", "block")
 TOKEN_WEIGHTINGS = ("attention", "none")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _is_int(value: object) -> bool:
@@ -52,6 +53,8 @@ class QuantizeConfig:
         max_size: The same with the bytes of all weights of the artifact as the bound.
         max_ppl_increase: The same with the relative increase of perplexity (0.05 is 5 %) on held-out calibration
             sequences as the bound.
+        compute_dtype: Type in which the calibration sequences run through the model. "auto" is float32 on a CPU, and on
+            a GPU the type that the model's config names (float32 if it names none).
     """
 
     wbits: int = 4
@@ -73,6 +76,7 @@ class QuantizeConfig:
     avg_bits: float | None = None
     max_size: int | None = None
     max_ppl_increase: float | None = None
+    compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if not _is_int(self.wbits) or self.wbits not in BITS:
@@ -102,6 +106,8 @@ class QuantizeConfig:
             raise ConfigError(f"seed is {self.seed!r}; use a whole number of at least 0.")
         if self.token_weighting not in TOKEN_WEIGHTINGS:
             raise ConfigError(f"token_weighting is {self.token_weighting!r}; use one of {', '.join(TOKEN_WEIGHTINGS)}.")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ConfigError(f"compute_dtype is {self.compute_dtype!r}; use one of {', '.join(COMPUTE_DTYPES)}.")
         if isinstance(self.token_strength, bool) or not isinstance(self.token_strength, int | float):
             raise ConfigError(f"token_strength is {self.token_strength!r}; use a number of at least 0.")
         if not (math.isfinite(self.token_strength) and self.token_strength >= 0):

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_compile.passes.gptq.triangular import cholesky_, invert_lower_
+
 MAX_DAMP = 1.0  # of mean(diag(H)); beyond it H is mostly the identity
+LARGE = 2048  # columns from which a GPU inverts by `triangular` instead of the library
+HUGE = 16384  # columns from which it also factors in place: the library is as fast, but copies the matrix
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,31 @@ def no_factor(features: int, device: torch.device, damp: float, reason: str) -> 
 
 
 @torch.no_grad()
-def factorize(hessian: Tensor, damp: float = 0.01, act_order: bool = False) -> Factor:
+def factorize(hessian: Tensor, damp: float = 0.01, act_order: bool = False, in_place: bool = False) -> Factor:
     """Prepare a Hessian for the column loop.
 
     Args:
         hessian: f32 or f64 [K, K].
         damp: Fraction of the mean diagonal added to the diagonal (paper section 3.3).
         act_order: Process columns by decreasing diagonal.
+        in_place: The factor may keep (and scale) the matrix itself.
 
     Returns:
         The factor; `reason` and `damp` say what was needed.
     """
     k = hessian.shape[0]
     diag = hessian.diagonal().double()
-    if not bool(torch.isfinite(hessian).all()):
+    if not _finite(hessian):
         return no_factor(k, hessian.device, damp, "the Hessian is not finite")
     dead = diag <= 0
     if bool(dead.all()):
         return Factor(None, 1.0, None, None, dead, damp, "the Hessian is zero")
     scale = float(diag[~dead].mean())
     # The detour keeps 1 / scale finite; elsewhere it would only cost memory.
-    h = hessian / scale if 1e-35 < scale < 1e35 else (hessian.double() / scale).to(hessian.dtype)
+    if 1e-35 < scale < 1e35:
+        h = torch.div(hessian, scale, out=hessian if in_place else None)
+    else:
+        h = (hessian.double() / scale).to(hessian.dtype)
     has_dead = bool(dead.any())
     work = h
     if has_dead:
@@ -78,16 +86,21 @@ def factorize(hessian: Tensor, damp: float = 0.01, act_order: bool = False) -> F
     order = None
     if act_order:
         order = torch.argsort(torch.where(dead, -1.0, diag), descending=True, stable=True)
-        work = work[order][:, order]
-    upper, used, reason = _ladder(work, damp)
+    upper, used, reason = _ladder(work, damp, order)
     return Factor(h.float(), scale, upper, order if upper is not None else None, dead, used, reason)
 
 
-def _ladder(h: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
-    upper = _inverse_factor(h, damp)
+def _finite(matrix: Tensor) -> bool:
+    """Whether every element is finite; a few rows at a time, as the test makes temporaries."""
+    step = max(1, (1 << 26) // max(1, matrix.shape[1]))
+    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(step))
+
+
+def _ladder(h: Tensor, damp: float, order: Tensor | None) -> tuple[Tensor | None, float, str | None]:
+    upper = _inverse_factor(h, damp, order)
     if upper is not None:
         return upper, damp, None
-    h = h.double()
+    h = h.double() if order is None else h[order.unsqueeze(1), order].double()
     upper = _inverse_factor(h, damp)
     if upper is not None:
         return upper, damp, "ill-conditioned: factored in float64"
@@ -109,23 +122,32 @@ def _ladder(h: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
     return None, grown, "no positive definite Hessian could be made"
 
 
-def _inverse_factor(h: Tensor, damp: float) -> Tensor | None:
+def _inverse_factor(h: Tensor, damp: float, order: Tensor | None = None) -> Tensor | None:
     """Upper U with U^T U = (h + damp I)^-1 as f32, or None where the arithmetic of h's type cannot be trusted.
+
+    With an order i64[K], of h's rows and columns in that order.
 
     With J the reversal of rows or columns and J h J = L L^T, h^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper:
     one Cholesky and one triangular inverse instead of Cholesky, inverse, Cholesky.
     """
-    flipped = h.flip(0, 1)
+    flipped = h.flip(0, 1) if order is None else h[order.flip(0).unsqueeze(1), order.flip(0)]
     flipped.diagonal().add_(damp)
     diag = flipped.diagonal().clone()
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    if h.is_cuda and h.shape[0] > HUGE:
+        info, lower = cholesky_(flipped), flipped
+    else:
+        lower, info = torch.linalg.cholesky_ex(flipped)
+    del flipped
     pivots = lower.diagonal().square() / diag
     smallest = float(pivots.min())
     # A pivot at the rounding level of its diagonal is noise, though the factorization calls it positive.
     if int(info) != 0 or not math.isfinite(smallest) or smallest < 16 * torch.finfo(h.dtype).eps:
         return None
-    identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    if h.is_cuda and h.shape[0] > LARGE:
+        inverse = invert_lower_(lower.contiguous())
+    else:
+        identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     # LAPACK and cuSOLVER hand back columns; the column loop reads rows.
     upper = inverse.flip(0, 1).float().contiguous()
-    return upper if bool(torch.isfinite(upper).all()) else None
+    return upper if _finite(upper) else None

@@ -7,10 +7,15 @@ dequantized file equals the solver's weights bit for bit: an 11-bit scale times 
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 MAX_SCALE = 65504.0  # largest finite float16
 # Smallest float16. Subnormal scales are allowed: m * 2^-24 times a code difference below 256 is exact even in
@@ -138,13 +143,30 @@ def fit(
     exact = high / top - low / top  # not (high - low) / top: the difference may overflow
     scale = to_fp16_up(exact)
     zero = _zero(low, scale, top, sym)
-    if mse:
+    if mse and weight.is_cuda and (fused := _fused()) is not None:
+        limits = MIN_SCALE, MAX_SCALE
+        scale, zero = scale.contiguous(), zero.contiguous()
+        fused(
+            weight, exact, low, scale, zero, top, sym, importance, SHRINK_TRIES, SHRINK_STEPS, limits, UNWEIGHTED_NORM
+        )
+    elif mse:
         chunk = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK
         step = max(1, chunk // max(1, weight[0].numel()))
         for r in range(0, weight.shape[0], step):
             part = slice(r, r + step)
             _search(weight[part], exact[part], low[part], scale[part], zero[part], top, sym, importance)
     return scale, zero
+
+
+@functools.cache
+def _fused() -> Callable[..., None] | None:
+    """The one-launch CUDA version of `_search`, or None without Triton (an optional part of torch's CUDA wheels)."""
+    try:
+        from gptq_compile.passes.gptq.grid_triton import search_fused
+    except ImportError as error:
+        log.warning("Triton cannot be imported (%s); the search for grids reads the weights many times.", error)
+        return None
+    return search_fused
 
 
 def _zero(low: Tensor, scale: Tensor, top: int, sym: bool) -> Tensor:

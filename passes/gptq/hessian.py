@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hessian of a linear's squared output error with respect to one weight row: H = 2/n sum_t d_t x_t x_t^T."""
+"""The Hessian of a linear's squared output error with respect to one weight row: H = 2/n sum_t d_t x_t x_t^T.
+
+On a GPU, 16-bit activations are multiplied by tensor cores: their products are exact in float32, where they are summed.
+Token weights enter as z_t = sqrt(d_t) x_t rounded back to 16 bits (relative 2^-9 for bfloat16, 2^-12 for float16, no
+more than the activations themselves were rounded by), so that H stays symmetric and positive semidefinite. Tokens are
+gathered into long products, and only blocks on and above the diagonal are computed.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from gptq_compile.errors import CalibrationError
@@ -11,6 +18,19 @@ from gptq_compile.errors import CalibrationError
 _SAFE = 1e37  # of float32's 3.4e38; sums that may exceed it are kept in float64
 
 _CONSTANT = 1e-5  # columns that vary less, relative to their size, count as constant
+
+_HALF_PEAK = 60000.0  # largest weighted activation that float16 still holds
+
+_GATHER = 16384  # tokens of one product on a GPU: fewer would spend the time on reading and writing the sums
+
+_BLOCK = 1792  # smallest width of a block of columns that keeps a GPU busy
+
+
+def column_blocks(features: int, block: int = _BLOCK) -> list[tuple[int, int]]:
+    """Ranges of columns of about equal width, at least ``block`` wide each (one range where there is no room)."""
+    count = max(1, min(8, features // block))
+    width = -(-features // count // 64) * 64 if count > 1 else features
+    return [(a, min(a + width, features)) for a in range(0, features, width)]
 
 
 class Hessian:
@@ -26,6 +46,7 @@ class Hessian:
         name: What is observed (module path or value name), for messages.
         drop_bad: Leave out tokens whose activations or weights are not finite, and count them in `dropped`, instead
             of refusing them.
+        gather: Tokens of one product of 16-bit activations on a GPU.
     """
 
     def __init__(
@@ -35,6 +56,7 @@ class Hessian:
         device: torch.device | str = "cpu",
         name: str = "activation",
         drop_bad: bool = False,
+        gather: int = _GATHER,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise CalibrationError(f"The Hessian of {name} was asked to sum in {dtype}; use float32 or float64.")
@@ -47,6 +69,13 @@ class Hessian:
         self._high = torch.full((features,), float("-inf"), device=device)
         self._widened = False
         self._sum = torch.zeros(features, features, dtype=dtype, device=device)
+        self._gather = gather
+        self._waiting: Tensor | None = (
+            None  # 16-bit tokens [gather, features], of which `_count` wait for their product
+        )
+        self._count = 0
+        self._blocks = column_blocks(features)
+        self._mirrored = True  # whether the sums hold their blocks below the diagonal too
 
     @property
     def features(self) -> int:
@@ -93,20 +122,61 @@ class Hessian:
         peak = float(torch.maximum(high.abs(), low.abs()).max()) * (1.0 if roots is None else float(roots.max()))
         self._bound += x.shape[0] * peak * peak
         if self._bound > _SAFE and self._sum.dtype == torch.float32:
+            self._finish()
             self._sum, self._widened = self._sum.double(), True
         self._low = torch.minimum(self._low, low.to(self._low))
         self._high = torch.maximum(self._high, high.to(self._high))
-        dtype = self._sum.dtype
-        if roots is None and x.is_cuda and dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
-            # Tensor cores multiply 16-bit inputs exactly and sum in float32.
-            self._sum += torch.mm(x.t(), x, out_dtype=torch.float32)
-        else:
-            x = x.to(dtype)
-            if roots is not None:
-                # Weights enter as sqrt(d) on both sides, which keeps the product symmetric.
-                x = x * roots.to(dtype).unsqueeze(1)
-            self._sum.addmm_(x.t(), x)
         self.tokens += x.shape[0]
+        dtype = self._sum.dtype
+        halves = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and peak < _HALF_PEAK)
+        if halves and x.is_cuda and dtype == torch.float32:
+            self._add_halves(x, roots)
+            return
+        x = x.to(dtype)
+        if roots is not None:
+            # Weights enter as sqrt(d) on both sides, which keeps the product symmetric.
+            x = x * roots.to(dtype).unsqueeze(1)
+        self._finish()
+        self._sum.addmm_(x.t(), x)
+
+    def _add_halves(self, x: Tensor, roots: Tensor | None) -> None:
+        if self._waiting is not None and self._waiting.dtype != x.dtype:
+            self._finish()
+        if self._waiting is None:
+            self._waiting = torch.empty(self._gather, self.features, dtype=x.dtype, device=x.device)
+        done = 0
+        while done < x.shape[0]:
+            count = min(x.shape[0] - done, self._gather - self._count)
+            part, room = x[done : done + count], self._waiting[self._count : self._count + count]
+            if roots is None:
+                room.copy_(part)
+            else:
+                torch.mul(part, roots[done : done + count].unsqueeze(1), out=room)
+            self._count += count
+            done += count
+            if self._count == self._gather:
+                self._multiply(self._waiting)
+                self._count = 0
+
+    def _multiply(self, z: Tensor) -> None:
+        """Adds z^T z: for each block of columns, its product with all columns from its first on."""
+        for a, b in self._blocks:
+            into = self._sum[a:b, a:]
+            if z.is_cuda:
+                torch.ops.aten.addmm.dtype_out(into, z[:, a:b].t(), z[:, a:], torch.float32, out=into)
+            else:
+                into.addmm_(z[:, a:b].t().float(), z[:, a:].float())
+        self._mirrored = len(self._blocks) == 1
+
+    def _finish(self) -> None:
+        """Multiplies the tokens that wait, frees their room and mirrors the blocks above the diagonal."""
+        if self._waiting is not None and self._count:
+            self._multiply(self._waiting[: self._count])
+        self._waiting, self._count = None, 0
+        if not self._mirrored:
+            for a, b in self._blocks:
+                self._sum[b:, a:b] = self._sum[a:b, b:].t()
+            self._mirrored = True
 
     def _refuse(self, x: Tensor) -> None:
         bad = ~torch.isfinite(x)
@@ -131,6 +201,8 @@ class Hessian:
             raise CalibrationError(
                 f"{self.name} and {other.name} differ in features: {self.features}, {other.features}."
             )
+        self._finish()
+        other._finish()
         if other._widened and self._sum.dtype == torch.float32:
             self._sum, self._widened = self._sum.double(), True
         self._sum += other._sum.to(self._sum)
@@ -139,6 +211,20 @@ class Hessian:
         self._high = torch.maximum(self._high, other._high.to(self._high))
         self.tokens += other.tokens
         self.dropped += other.dropped
+
+    def all_reduce(self) -> None:
+        """Add the tokens that the other processes of torch.distributed's default group have seen."""
+        self._finish()
+        counts = torch.tensor([self.tokens, self.dropped, self._bound], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(counts)
+        self.tokens, self.dropped, self._bound = int(counts[0]), int(counts[1]), float(counts[2])
+        wide = torch.tensor(float(self._bound > _SAFE or self._widened), device=self.device)
+        torch.distributed.all_reduce(wide, torch.distributed.ReduceOp.MAX)
+        if float(wide) and self._sum.dtype == torch.float32:
+            self._sum, self._widened = self._sum.double(), True
+        torch.distributed.all_reduce(self._sum)
+        torch.distributed.all_reduce(self._low, torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(self._high, torch.distributed.ReduceOp.MAX)
 
     def notes(self) -> list[str]:
         """What is unusual about the tokens, in words for the report; empty for a healthy calibration."""
@@ -163,12 +249,25 @@ class Hessian:
         Raises:
             CalibrationError: No token was added, or the sums overflowed.
         """
+        self._require_tokens()
+        self._finish()
+        return self._checked(self._sum * (2.0 / self.tokens))
+
+    def take(self) -> Tensor:
+        """`matrix` in the accumulator's own memory, which is of no use after that."""
+        self._require_tokens()
+        self._finish()
+        h, scale = self._sum, 2.0 / self.tokens
+        self._sum = torch.zeros((0, 0), dtype=h.dtype, device=h.device)
+        return self._checked(h.mul_(scale))
+
+    def _require_tokens(self) -> None:
         if self.tokens == 0:
             raise CalibrationError(f"{self.name} was never run on calibration tokens; its Hessian is undefined.")
-        h = self._sum * (2.0 / self.tokens)
+
+    def _checked(self, h: Tensor) -> Tensor:
         if not bool(torch.isfinite(h.diagonal()).all()):
             raise CalibrationError(
-                f"The Hessian of {self.name} overflowed {self._sum.dtype}: its activations are too large; "
-                "sum in float64."
+                f"The Hessian of {self.name} overflowed {h.dtype}: its activations are too large; sum in float64."
             )
         return h

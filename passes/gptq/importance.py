@@ -17,6 +17,9 @@ positions by number, on BOS, or (for a token that attracts little attention) on 
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,32 +28,50 @@ from torch import Tensor, fx
 from gptq_compile.passes.dialect import attention_scores, softmax_with_sinks
 from gptq_compile.passes.program import Program
 
+log = logging.getLogger(__name__)
+
 _QUERY_BLOCK = 512
 
 
-def received_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+@functools.cache
+def _fused() -> Callable[..., Tensor] | None:
+    """The CUDA version that stores no probabilities, or None without Triton (an optional part of torch's wheels)."""
+    try:
+        from gptq_compile.passes.gptq.received_triton import received_fused
+    except ImportError as error:
+        log.warning("Triton cannot be imported (%s); attention probabilities are made in memory.", error)
+        return None
+    return received_fused
+
+
+def received_attention(args: tuple[Any, ...], kwargs: dict[str, Any], sequences: int = 1) -> Tensor:
     """Received attention of every token in one layer.
 
     Args:
-        args: arguments of ``gptq_compile::attention`` with tensors for one sequence.
+        args: arguments of ``gptq_compile::attention``, whose tokens belong to ``sequences`` of the same length.
         kwargs: its keyword arguments.
+        sequences: how many there are.
 
     Returns:
-        float32 ``[n]``: mean over heads of ``sum_q A[q, t]^2``.
+        float32 ``[n]``: mean over heads of ``sum_q A[q, t]^2``, the sum over the queries of t's sequence.
     """
     q, k, _, scale, *rest = args
     names = ("window", "softcap", "sinks", "alibi_slopes")
     options = dict(zip(names, [0, 0.0, None, None], strict=True)) | dict(zip(names, rest, strict=False)) | kwargs
+    q, k = (t.reshape(sequences, -1, *t.shape[2:]) for t in (q, k))
+    if q.is_cuda and (fused := _fused()) is not None:
+        return fused(q, k, scale, *(options[name] for name in names)).reshape(-1)
     n = q.shape[1]
     pos = torch.arange(n, device=q.device)
-    total = torch.zeros(n, dtype=torch.float32, device=q.device)
-    for start in range(0, n, _QUERY_BLOCK):
-        rows = slice(start, start + _QUERY_BLOCK)
-        scores = attention_scores(
-            q[0, rows], k[0], pos[rows], pos, scale, options["window"], options["softcap"], options["alibi_slopes"]
-        )
-        total += softmax_with_sinks(scores, options["sinks"]).square_().sum(1).mean(0)
-    return total
+    total = torch.zeros(sequences, n, dtype=torch.float32, device=q.device)
+    for i in range(sequences):
+        for start in range(0, n, _QUERY_BLOCK):
+            rows = slice(start, start + _QUERY_BLOCK)
+            scores = attention_scores(
+                q[i, rows], k[i], pos[rows], pos, scale, options["window"], options["softcap"], options["alibi_slopes"]
+            )
+            total[i] += softmax_with_sinks(scores, options["sinks"]).square_().sum(1).mean(0)
+    return total.reshape(-1)
 
 
 def downstream_attention(program: Program) -> dict[fx.Node, frozenset[fx.Node]]:

@@ -88,6 +88,19 @@ class Solution:
         """Dequantized weight f32[N, K]: the exact values the codes stand for."""
         return dequantize(self.codes, self.scales, self.zeros, self.g_idx, self.group_size, self.bits)
 
+    def to(self, device: torch.device | str) -> Solution:
+        """The same solution with its tensors elsewhere."""
+        moved = {
+            name: None if tensor is None else tensor.to(device)
+            for name, tensor in (("codes", self.codes), ("scales", self.scales), ("zeros", self.zeros),
+                                 ("g_idx", self.g_idx))
+        }  # fmt: skip
+        errors = self.row_errors
+        if errors is not None:
+            errors = RowErrors(*(t.to(device) for t in (errors.objective, errors.objective_rtn, errors.energy,
+                                                        errors.from_rtn)))  # fmt: skip
+        return replace(self, **moved, row_errors=errors)  # type: ignore[arg-type]
+
     def split(self, rows: Sequence[int]) -> list[Solution]:
         """Cut a stacked solution into its linears.
 
@@ -141,8 +154,3 @@ def no_errors(method: str, reason: str | None, seconds: float, damp: float = 0.0
     """Stats of a solution that was not measured on a Hessian."""
     nan = float("nan")
     return SolveStats(method, damp, reason, dead, 0, nan, nan, nan, nan, seconds)
-
-
-def row_quadratic(rows: Tensor, hessian: Tensor, scale: float) -> Tensor:
-    """diag(R H R^T) * scale as f64[N], for R f32[N, K] and H f32[K, K]."""
-    return (rows @ hessian).mul_(rows).sum(1, dtype=torch.float64) * scale

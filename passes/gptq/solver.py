@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from gptq_compile.errors import ConfigError
-from gptq_compile.passes.gptq.columns import panel_width, quantize_panel
+from gptq_compile.passes.gptq.columns import PANEL, panel_width, quantize_panel
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import Factor, factorize, no_factor
 from gptq_compile.passes.gptq.grid import fit, fit_groups, zero_points
 from gptq_compile.passes.gptq.hessian import Hessian
+from gptq_compile.passes.gptq.phases import phase
+from gptq_compile.passes.gptq.quadratic import row_quadratic
 from gptq_compile.passes.gptq.rtn import check_weight, rtn
-from gptq_compile.passes.gptq.solution import RowErrors, Solution, no_errors, row_quadratic, with_errors
+from gptq_compile.passes.gptq.solution import RowErrors, Solution, no_errors, with_errors
 from gptq_compile.passes.gptq.threads import one_thread
 
 SERIAL_WEIGHTS = 1 << 20  # weights up to which solving on a CPU does not gain from threads
@@ -64,44 +66,67 @@ def _solve(weight: Tensor, hessian: Hessian | Factor | Tensor, config: QuantizeC
 
     # Grids of rounding: with a clipping search, weighted by the same Hessian, so that the comparison is fair.
     by_name = config.method == "rtn"
-    baseline = rtn(w, config, name=name) if by_name else _rounded(w, factor, config)
-    energy = row_quadratic(w, factor.hessian, factor.scale)
-    error_rtn = row_quadratic(w - baseline.weight, factor.hessian, factor.scale)
-    reason = factor.reason
+    with phase("grids", w.device):
+        baseline = rtn(w, config, name=name) if by_name else _rounded(w, factor, config)
+    with phase("errors", w.device):
+        energy = row_quadratic(w, factor.hessian, factor.scale)
+        error_rtn = row_quadratic(w - baseline.weight, factor.hessian, factor.scale)
     if by_name or factor.upper is None:
-        reason = None if by_name else f"{factor.reason}: rounded to nearest"
         solution, errors = (
             baseline,
             RowErrors(error_rtn, error_rtn, energy, torch.ones_like(energy, dtype=torch.bool)),
         )
     else:
-        solution = _column_loop(w, factor, config, baseline)
-        error = row_quadratic(w - solution.weight, factor.hessian, factor.scale)
-        solution, errors, worse = _keep_better(solution, error, baseline, error_rtn, energy)
-        reason = "; ".join(r for r in (reason, worse) if r) or None
-    if dead and not by_name:
-        note = f"{dead} dead columns rounded to nearest"
-        reason = f"{reason}; {note}" if reason else note
-    stats = no_errors("gptq", reason, 0.0, factor.damp, dead)
-    stats = replace(with_errors(stats, errors), seconds=time.perf_counter() - start)
-    return replace(solution, stats=stats, row_errors=errors)
+        with phase("update", w.device):
+            solution = _column_loop(w, factor, config, baseline)
+        with phase("errors", w.device):
+            error = row_quadratic(w - solution.weight, factor.hessian, factor.scale)
+        solution, errors = _keep_better(solution, error, baseline, error_rtn, energy)
+    solution = finished(replace(solution, row_errors=errors), factor, config)
+    return replace(solution, stats=replace(solution.stats, seconds=time.perf_counter() - start))
 
 
-def prepare(hessian: Hessian | Tensor, config: QuantizeConfig) -> Factor:
+def finished(solution: Solution, factor: Factor, config: QuantizeConfig) -> Solution:
+    """A solution with the stats that follow from its rows' errors and the factor it was made with."""
+    errors = solution.row_errors
+    if errors is None:
+        return solution
+    dead, count = int(factor.dead.sum()), int(errors.from_rtn.sum())
+    notes = []
+    if config.method != "rtn":
+        notes.append(factor.reason if factor.upper is not None else f"{factor.reason}: rounded to nearest")
+        if factor.upper is not None and count:
+            notes.append(f"round to nearest was better and is kept in {count} of {errors.from_rtn.numel()} rows")
+        if dead:
+            notes.append(f"{dead} dead columns rounded to nearest")
+    stats = no_errors("gptq", "; ".join(n for n in notes if n) or None, solution.stats.seconds, factor.damp, dead)
+    return replace(solution, stats=with_errors(stats, errors))
+
+
+def prepare(hessian: Hessian | Tensor, config: QuantizeConfig, *, consume: bool = False) -> Factor:
     """Factor a Hessian once for all linears that read the same activation.
 
     What is unusual about an accumulator's tokens becomes part of the factor's reason. An accumulator that had to drop
     every token gives no factor, so that its linears are rounded to nearest.
 
+    Args:
+        hessian: An accumulator, or a matrix f32 or f64 [K, K].
+        config: Settings.
+        consume: The Hessian is not needed any more, so that its memory may be used.
+
     Raises:
         CalibrationError: The accumulator was given no tokens or overflowed.
     """
     notes = hessian.notes() if isinstance(hessian, Hessian) else []
-    if isinstance(hessian, Hessian) and hessian.dropped and not hessian.tokens:
-        return no_factor(hessian.features, hessian.device, config.damp, notes[0])
-    matrix = hessian.matrix() if isinstance(hessian, Hessian) else hessian
-    with one_thread(matrix.device.type == "cpu" and matrix.numel() <= 2 * SERIAL_WEIGHTS):
-        factor = factorize(matrix, config.damp, config.act_order)
+    if isinstance(hessian, Hessian):
+        if hessian.dropped and not hessian.tokens:
+            return no_factor(hessian.features, hessian.device, config.damp, notes[0])
+        matrix, consume = (hessian.take() if consume else hessian.matrix()), True
+    else:
+        matrix = hessian
+    few = matrix.device.type == "cpu" and matrix.numel() <= 2 * SERIAL_WEIGHTS
+    with one_thread(few), phase("factorization", matrix.device):
+        factor = factorize(matrix, config.damp, config.act_order, in_place=consume)
     if factor.reason:
         notes.append(factor.reason)
     return replace(factor, reason="; ".join(notes) or None)
@@ -109,7 +134,7 @@ def prepare(hessian: Hessian | Tensor, config: QuantizeConfig) -> Factor:
 
 def _keep_better(
     solution: Solution, error: Tensor, baseline: Solution, error_rtn: Tensor, energy: Tensor
-) -> tuple[Solution, RowErrors, str | None]:
+) -> tuple[Solution, RowErrors]:
     """Keep round-to-nearest rows that beat GPTQ's (rows are independent problems)."""
     worse = ~(error <= error_rtn)  # also where the error is NaN
     if solution.g_idx is not None:
@@ -117,11 +142,10 @@ def _keep_better(
         worse = torch.full_like(worse, not float(error.sum()) <= float(error_rtn.sum()))
     count = int(worse.sum())
     if count == 0:
-        return solution, RowErrors(error, error_rtn, energy, worse), None
+        return solution, RowErrors(error, error_rtn, energy, worse)
     errors = RowErrors(torch.where(worse, error_rtn, error), error_rtn, energy, worse)
-    reason = f"round to nearest was better and is kept in {count} of {worse.numel()} rows"
     if count == worse.numel():
-        return baseline, errors, reason
+        return baseline, errors
     pick = worse.unsqueeze(1)
     zeros = None
     if solution.zeros is not None and baseline.zeros is not None:
@@ -132,7 +156,7 @@ def _keep_better(
         scales=torch.where(pick, baseline.scales, solution.scales),
         zeros=zeros,
     )
-    return solution, errors, reason
+    return solution, errors
 
 
 def _rounded(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
@@ -181,7 +205,8 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
     if config.static_groups and order is not None:
         groups = order // size
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
-    inverse_pivots = upper.diagonal().reciprocal().tolist()
+    # The fused loop reads the pivots itself; a list would make the host wait.
+    inverse_pivots = [] if w.is_cuda and panel_width(w.device) > PANEL else upper.diagonal().reciprocal().tolist()
     error = torch.empty(min(k, max(config.block_size, 1)), n, device=w.device)
 
     cut = None if config.static_groups else size
@@ -195,15 +220,16 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
                 chosen = None if importance is None else importance[part].unsqueeze(0)
                 s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.clips, chosen)
                 scales[g], zeros[g] = s.squeeze(1), z.squeeze(1)
-            picked = groups[a:b]
-            codes[a:b] = quantize_panel(
+            quantize_panel(
                 work[a:b],
                 upper[a:b, a:b],
                 inverse_pivots[a:b],
-                scales[picked],
-                zeros[picked],
+                scales,
+                zeros,
+                groups[a:b],
                 config.max_code,
                 error[a - begin : b - begin],
+                codes[a:b],
             )
             if b < end:
                 work[b:end].addmm_(upper[a:b, b:end].t(), error[a - begin : b - begin], alpha=-1)

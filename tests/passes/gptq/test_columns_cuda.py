@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused CUDA column loop against the torch one; skipped where there is no GPU."""
+"""The fused CUDA kernels against the torch code they stand for; skipped where there is no GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from gptq_compile.passes.gptq import factor
 from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq.factor import factorize
+from gptq_compile.passes.gptq.grid import fit_groups
 from gptq_compile.passes.gptq.hessian import Hessian
+from gptq_compile.passes.gptq.importance import received_attention
 from gptq_compile.passes.gptq.solver import solve
 
 pytest.importorskip("triton")
@@ -46,3 +50,37 @@ def test_16_bit_activations_are_multiplied_exactly() -> None:
         cpu.add(x)
         gpu.add(x.cuda())
         torch.testing.assert_close(gpu.matrix().cpu().double(), cpu.matrix(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("bits", "sym", "group"), [(4, False, 128), (3, True, -1), (2, False, 40)])
+def test_searched_grids_equal_those_of_the_cpu(weighted: bool, bits: int, sym: bool, group: int) -> None:
+    g = torch.Generator().manual_seed(group)
+    w, importance = torch.randn(50, 3000, generator=g) * 0.05, torch.rand(3000, generator=g) if weighted else None
+    cpu = fit_groups(w, bits, sym, group, True, importance)
+    gpu = fit_groups(w.cuda(), bits, sym, group, True, None if importance is None else importance.cuda())
+    assert float((gpu.scales.cpu() != cpu.scales).float().mean()) < 0.01  # ties only
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 70}, {"softcap": 3.0}, {"sinks": 8}, {"alibi_slopes": 8}])
+def test_received_attention_equals_that_of_the_cpu(dtype: torch.dtype, options: dict) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 600, 8, 80, generator=g).to(dtype), torch.randn(1, 600, 2, 80, generator=g).to(dtype)
+    kwargs = {n: torch.rand(v, generator=g) if n in ("sinks", "alibi_slopes") else v for n, v in options.items()}
+    cpu = received_attention((q.float(), k.float(), k, 0.3), kwargs, sequences=2)
+    there = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
+    gpu = received_attention((q.cuda(), k.cuda(), k, 0.3), there, sequences=2)
+    torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-6)
+
+
+def test_large_hessians_are_factored_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(9000, 3000, generator=torch.Generator().manual_seed(0))
+    h = Hessian(3000, device="cuda")
+    h.add(x.cuda())
+    expected = factorize(h.matrix().cpu(), act_order=True).upper
+    for limit in (factor.HUGE, 1000):
+        monkeypatch.setattr(factor, "HUGE", limit)
+        got = factorize(h.matrix(), act_order=True).upper
+        assert expected is not None and got is not None
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_compile.errors import CalibrationError
-from gptq_compile.passes.gptq.hessian import Hessian
+from gptq_compile.passes.gptq.hessian import Hessian, column_blocks
 
 
 def tokens(count: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -125,3 +125,35 @@ def test_too_few_tokens_and_constant_columns_are_noted() -> None:
     h = Hessian(4)
     h.add(x[:1])
     assert h.notes() == ["only 1 calibration tokens for 4 features"]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gathered_16_bit_tokens(weighted: bool) -> None:
+    """What GPUs do: products of many tokens at once, only on and above the diagonal's blocks, mirrored at the end."""
+    x = tokens(330, 200).bfloat16()
+    d = torch.rand(330, generator=torch.Generator().manual_seed(1)) + 0.5
+    h = Hessian(200, gather=100)
+    h._blocks = column_blocks(200, 32)
+    assert len(h._blocks) > 2
+    for part in (slice(0, 7), slice(7, 250), slice(250, 330)):
+        h._add_halves(x[part], d[part].sqrt() if weighted else None)
+        h.tokens += x[part].shape[0]
+    z = (x.float() * d.sqrt().unsqueeze(1)).bfloat16().double() if weighted else x.double()
+    torch.testing.assert_close(h.matrix().double(), z.T @ z * 2 / 330, rtol=1e-5, atol=1e-5)
+    exact = (x.double().T * (d.double() if weighted else 1.0)) @ x.double() * 2 / 330
+    # Rounding sqrt(d) x to 8 bits is the only approximation.
+    assert float((h.matrix() - exact).norm() / exact.norm()) < (2e-3 if weighted else 1e-6)
+
+
+def test_taking_the_matrix_equals_reading_it() -> None:
+    h = Hessian(16)
+    h.add(tokens(40, 16))
+    expected = h.matrix()
+    torch.testing.assert_close(h.take(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("features", "count"), [(576, 1), (4096, 2), (14336, 8), (49152, 8)])
+def test_column_blocks_cover_the_columns(features: int, count: int) -> None:
+    blocks = column_blocks(features)
+    assert len(blocks) == count
+    assert [a for a, _ in blocks] + [features] == [0] + [b for _, b in blocks]
