@@ -29,6 +29,7 @@ from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
+from gptq_compile.passes.quantize_experts import matrix_shape
 from gptq_compile.passes.stages import quantizable
 from gptq_compile.report.page import write_report
 from gptq_compile.report.record import Recorder
@@ -163,7 +164,6 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         program = trace(source.config, source.params, name=source.name, source=source.source)
     plan = _plan(program, source, options)
     progress.plan(plan)
-    _note_experts(program, dtype, progress)
     writer = ArtifactWriter(options.out, overwrite=overwrite, disk_needed=plan.bytes_after)
     writer.check()
     if dry_run:
@@ -278,10 +278,10 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
     probe = program.clone()
     Normalize().run(probe)
     config = options.quantize
-    linears = dict.fromkeys(n.args[1] for n in quantizable(probe, config.quantize_lm_head))  # in graph order
+    linears = {n.args[1]: n for n in reversed(quantizable(probe, config.quantize_lm_head))}
+    shapes = {weight: matrix_shape(node) for weight, node in reversed(linears.items())}  # in graph order
     weights = quantized = 0
-    for node in linears:
-        rows, columns = (int(d) for d in node.meta["val"].shape)
+    for node, (rows, columns) in shapes.items():
         if not config.budgeted:
             config.validate_for_layer(columns, node.meta["param"])
         quantized += rows * columns
@@ -305,10 +305,12 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
     elif config.max_size is not None:
         weights = max(0, config.max_size - rest)
     after = weights + rest
-    largest = max((math.prod(n.meta["val"].shape) for n in linears), default=0)
-    hidden = max((int(n.meta["val"].shape[1]) for n in linears), default=0)
+    largest = max((math.prod(shape) for shape in shapes.values()), default=0)
+    hidden = max((columns for _, columns in shapes.values()), default=0)
+    # Experts have a Hessian each.
+    experts = max((int(n.meta["val"].shape[0]) for n in shapes if n.meta["val"].dim() == 3), default=1)
     tokens = config.nsamples * config.seqlen if config.method == "gptq" else 0
-    memory = parameters * 4 + 4 * (3 * largest + 3 * hidden * hidden) + 4 * tokens * hidden
+    memory = parameters * 4 + 4 * (3 * largest + (2 + experts) * hidden * hidden) + 4 * tokens * hidden
     return Plan(
         name=source.name,
         model_type=source.config.model_type,
@@ -322,18 +324,6 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
         memory=memory,
         settings=options.as_dict(),
     )
-
-
-def _note_experts(program: Program, dtype: str, progress: Progress) -> None:
-    """Says which weights the plan leaves as they are, where a model mostly consists of them."""
-    nodes: Any = program.graph.nodes
-    used = {n.args[1] for n in nodes if n.target is torch.ops.gptq_compile.expert_linear.default}
-    if used:
-        count = sum(math.prod(int(d) for d in n.meta["val"].shape) for n in used)
-        progress.note(
-            f"The weights of experts stay in {dtype} ({count / 1e6:,.1f} million in {len(used)} tensors): only linear "
-            "layers that every token passes are quantized so far."
-        )
 
 
 def _calibration(source: ModelSource, options: CompileOptions, progress: Progress, work: Work) -> Any:

@@ -157,6 +157,21 @@ class RowWords:
         return tensors["scales"].astype(np.float32), zeros
 
 
+def slab_case(case: Case) -> Case:
+    """The ``quant_linear`` case as which all experts of a ``quant_expert_linear`` are packed: one below the other.
+
+    Each has its out_features rounded up to whole tiles, so that expert e starts at row ``e * padded_rows(case)``.
+    """
+    attrs = {name: case[name] for name in ("bits", "group_size", "in_features", "has_zeros")}
+    rows = int(case["experts"]) * padded_rows(case)
+    return Case.make("quant_linear", case.dtype, None, out_features=rows, has_bias=False, **attrs)
+
+
+def padded_rows(case: Case) -> int:
+    """Weight rows of one expert in the packed tensors."""
+    return -(-int(case["out_features"]) // LANES) * LANES
+
+
 Layout = LaneInterleaved | RowWords
 
 

@@ -33,6 +33,7 @@ KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
         "gptq_compile.kernels.cpu.gated",
         "gptq_compile.kernels.cpu.sampling",
         "gptq_compile.kernels.cpu.experts",
+        "gptq_compile.kernels.cpu.quant_experts",
         "gptq_compile.kernels.cpu.topk",
     ),
     "cuda": (
@@ -44,6 +45,7 @@ KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
         "gptq_compile.kernels.cuda.gated",
         "gptq_compile.kernels.cuda.sampling",
         "gptq_compile.kernels.cuda.experts",
+        "gptq_compile.kernels.cuda.quant_experts",
         "gptq_compile.kernels.cuda.topk",
     ),
 }

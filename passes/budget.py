@@ -219,8 +219,8 @@ class _Table:
         self.largest = sum(max(c.size for c in item) for item in self.items)
 
     def _config(self, candidate: Candidate) -> QuantizeConfig:
-        none = dict.fromkeys(("avg_bits", "max_size", "max_ppl_increase"))
-        return replace(self.config, wbits=candidate[0], group_size=candidate[1], **none)
+        bits, group = candidate
+        return replace(self.config, wbits=bits, group_size=group, avg_bits=None, max_size=None, max_ppl_increase=None)
 
     def choose(self, budget: float) -> Allocation:
         """The best allocation within a budget of bits.

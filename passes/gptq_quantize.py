@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gptq_quantize``: weights of linears become codes on a grid, in an order read off the dataflow.
 
-1. Every ``linear`` on a two-dimensional parameter is quantized, except the head (the linear that no other linear or
-   attention depends on) unless asked for, and routers (linears whose output only chooses experts).
-2. Linears that read the same value share one Hessian and are solved stacked.
+1. Every ``linear`` and ``expert_linear`` on a parameter is quantized, except the head (the linear that no other linear
+   or attention depends on) unless asked for, and routers (linears whose output only chooses experts).
+2. Linears that read the same value share one Hessian and are solved stacked; experts have one each.
 3. The graph is walked in order with all calibration sequences. ``sequential="true"``: each solve sees inputs computed
    with everything before it already quantized. ``"block"``: the Hessians of one repeated block are collected with its
    original weights, then all its linears are solved (the paper's setting, section 4).
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from gptq_compile.errors import CalibrationError
+from gptq_compile.passes import quantize_experts as experts
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
@@ -107,7 +108,7 @@ class GptqQuantize(Pass):
         if not linears:
             return False
         for node in linears:
-            self._config(node).validate_for_layer(int(node.args[1].meta["val"].shape[1]), weight_name(node))
+            self._config(node).validate_for_layer(experts.matrix_shape(node)[1], weight_name(node))
         self.total = len({n.args[1] for n in linears})
         solutions: dict[Node, Solution] = {}
         self.device = join(self.device)
@@ -116,13 +117,15 @@ class GptqQuantize(Pass):
             for node in linears:
                 if node.args[1] not in solutions:
                     weight = self._weight(program, node)
-                    self._store(node, rtn(weight, self._config(node), name=weight_name(node)), solutions)
+                    solution = rtn(weight, self._config(node), name=weight_name(node))
+                    self._store(node, experts.for_node(solution, node), solutions)
         else:
             with collect() as phases:
                 self._calibrated(program, linears, solutions)
             self.seconds = phases.seconds()
         for node in linears:
-            _rewrite(program, node, solutions[node.args[1]])
+            rewrite = experts.rewrite if experts.is_expert(node) else _rewrite
+            rewrite(program, node, solutions[node.args[1]])
         for node in list(program.graph.nodes):
             if node.op == "placeholder" and "param" in node.meta and not node.users:
                 program.graph.erase_node(node)
@@ -133,7 +136,8 @@ class GptqQuantize(Pass):
         return self.settings.get(weight_name(node), self.config)
 
     def _weight(self, program: Program, node: Node) -> Tensor:
-        return program.params.get(node.args[1].meta["param"]).to(self.device, torch.float32)
+        weight = program.params.get(node.args[1].meta["param"])
+        return experts.as_matrix(weight.to(self.device, torch.float32), node)
 
     # -- the walk
 
@@ -149,13 +153,10 @@ class GptqQuantize(Pass):
             weights = self._token_weights(program, runner, runner.batches(ids, count)) if end else None
             batches = runner.batches(ids, count) if end else []
             for index, stage in enumerate(stages):
-                sources = [g.source for g in stage.groups]
+                sources = [n for g in stage.groups for n in g.reads]
                 later = [n for s in stages[index + 1 : end] for n in s.nodes]
                 later += [] if stage.rerun else own_linears(stage)
-                hessians = {
-                    g.source: Hessian(features_of(g), device=self.device, name=where(g.source), drop_bad=True)
-                    for g in todo[index]
-                }
+                hessians = {g.linears[0]: self._observer(g) for g in todo[index]}
                 solved = [w for w in weights_of(stage.nodes) if w in solutions]
                 if index < end and (hessians or not stage.rerun):
                     live = live_values(later) | set(sources)
@@ -171,13 +172,14 @@ class GptqQuantize(Pass):
                             if not stage.rerun:
                                 runner.keep(batch, values)
                         with phase("Hessian", self.device):
-                            for source, hessian in hessians.items():
+                            for group in todo[index]:
                                 assert weights is not None
-                                hessian.add(values[source], weights(source, i))
+                                read = [values[n] for n in group.reads]
+                                experts.observe(hessians[group.linears[0]], read, weights(group.source, i))
                         del values
                     del loaded
                 for group in stage.groups:
-                    self._solve(program, runner, group, hessians.pop(group.source, None), kept, solutions)
+                    self._solve(program, runner, group, hessians.pop(group.linears[0], None), kept, solutions)
                 if stage.rerun and index + 1 < end:
                     mine = [w for w in weights_of(stage.nodes) if w in solutions]
                     loaded = runner.load(stage.nodes, {w: solutions[w] for w in mine})
@@ -187,6 +189,11 @@ class GptqQuantize(Pass):
                             values = runner.run(batch.values, stage.nodes, live_values(later), loaded, batch.sequences)
                             runner.keep(batch, values)
 
+    def _observer(self, group: Group) -> Hessian | experts.ExpertHessians:
+        if experts.is_expert(group.linears[0]):
+            return experts.observer(group.linears[0], self.device, where(group.source))
+        return Hessian(features_of(group), device=self.device, name=where(group.source), drop_bad=True)
+
     def _finished(self, linears: list[Node]) -> dict[Node, Solution]:
         """Solutions of an earlier run, by weight."""
         if self.store is None:
@@ -194,12 +201,12 @@ class GptqQuantize(Pass):
         found: dict[Node, Solution] = {}
         for node in linears:
             solution = self.store.finished(weight_name(node))
-            config, columns = self._config(node), int(node.args[1].meta["val"].shape[1])
+            config, columns = self._config(node), experts.matrix_shape(node)[1]
             if solution is not None and (solution.bits, solution.group_size) == (
                 config.wbits,
                 config.group_for(columns),
             ):
-                found[node.args[1]] = solution
+                found[node.args[1]] = experts.for_node(solution, node)
         return found
 
     def _token_weights(
@@ -235,7 +242,7 @@ class GptqQuantize(Pass):
         program: Program,
         runner: Runner,
         group: Group,
-        hessian: Hessian | None,
+        hessian: Hessian | experts.ExpertHessians | None,
         kept: dict[Node, Solution],
         solutions: dict[Node, Solution],
     ) -> None:
@@ -245,6 +252,15 @@ class GptqQuantize(Pass):
                 self._store(node, kept[node.args[1]], solutions)
             return
         assert hessian is not None
+        if isinstance(hessian, experts.ExpertHessians):
+            for one in hessian.parts:
+                self.world.add_up(one)
+            for node in todo:
+                with phase("weights", self.device):
+                    weight = experts.as_matrix(runner.param(node.args[1], exact=True).float(), node)
+                solution = experts.solve_experts(weight, hessian, self._config(node), weight_name(node))
+                self._keep([node], [experts.for_node(solution, node)], solutions)
+            return
         self.world.add_up(hessian)
         factor = prepare(hessian, self.config, consume=True)
         # Linears that read the same value see the same tokens: one problem with more rows, where settings agree.
@@ -270,11 +286,10 @@ class GptqQuantize(Pass):
     def _store(self, node: Node, solution: Solution, solutions: dict[Node, Solution]) -> None:
         solutions[node.args[1]] = solution
         stats = solution.stats
-        rows, columns = (int(d) for d in node.args[1].meta["val"].shape)
         known = lambda v: v if math.isfinite(v) else None  # noqa: E731
         report = LinearReport(
             name=weight_name(node),
-            shape=(rows, columns),
+            shape=experts.matrix_shape(node),
             bits=solution.bits,
             group_size=solution.group_size,
             method=stats.method,

@@ -11,6 +11,7 @@ import torch
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.registry import Case
 from gptq_compile.passes.common import with_defaults
+from gptq_compile.passes.dialect_experts import expert_case
 from gptq_compile.passes.program import where
 
 aten = torch.ops.aten
@@ -33,6 +34,18 @@ def _expert_linear(entry: Any, node: Any) -> Any:
     )  # fmt: skip
     args = [value, entry.env[weight], chosen] + ([entry.env[bias]] if bias is not None else [])
     return entry.shaped(entry.kernels.call(case, args, [rows, n], _dtype(node)), node)
+
+
+def _packed_expert_linear(entry: Any, node: Any) -> Any:
+    x, packed, expert, bias, _, _, bits, group, experts, out_features, has_zeros = node.args
+    value, rows = entry.flat(x)
+    chosen, _ = entry.flat(expert, 0)
+    case = expert_case(
+        experts, bits, group, int(x.meta["val"].shape[-1]), out_features, has_zeros, bias is not None, _dtype(x),
+        rows if isinstance(rows, int) else None,
+    )  # fmt: skip
+    args = [value, *(entry.env[p] for p in packed), chosen] + ([entry.env[bias]] if bias is not None else [])
+    return entry.shaped(entry.kernels.call(case, args, [rows, out_features], _dtype(node)), node)
 
 
 def _ranked(entry: Any, node: Any) -> list[Any]:
@@ -62,6 +75,7 @@ def _ranked(entry: Any, node: Any) -> list[Any]:
 
 RULES: dict[Any, Callable[[Any, Any], Any]] = {
     torch.ops.gptq_compile.expert_linear.default: _expert_linear,
+    torch.ops.gptq_compile.packed_expert_linear.default: _packed_expert_linear,
     aten.topk.default: _ranked,
     aten.sort.default: _ranked,
 }

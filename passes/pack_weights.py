@@ -17,6 +17,7 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.dialect import packed_case
 from gptq_compile.passes.manager import Pass
+from gptq_compile.passes.pack_experts import pack_experts, take
 from gptq_compile.passes.program import Program, where
 
 ops = torch.ops.gptq_compile
@@ -43,6 +44,9 @@ class PackWeights(Pass):
         for node in list(program.graph.nodes):
             if node.op == "call_function" and node.target is ops.quant_linear.default:
                 self._pack(program, node, gathers)
+                changed = True
+            elif node.op == "call_function" and node.target is ops.quant_expert_linear.default:
+                pack_experts(program, node, self.target)
                 changed = True
         if changed:
             for node in list(program.graph.nodes):
@@ -79,7 +83,7 @@ class PackWeights(Pass):
             packed = []
             for suffix, (shape, dtype) in layout.tensors(case).items():
                 name = f"{base}.{layout.name}.{suffix}"
-                params.add(name, shape, getattr(torch, dtype), functools.partial(_take, read, cache, suffix))
+                params.add(name, shape, getattr(torch, dtype), functools.partial(take, read, cache, suffix))
                 packed.append(program._placeholder(name))
             args = (
                 x,
@@ -98,7 +102,7 @@ class PackWeights(Pass):
 
     def ensures(self, program: Program) -> None:
         for node in program.graph.nodes:
-            if node.target is ops.quant_linear.default:
+            if node.target in (ops.quant_linear.default, ops.quant_expert_linear.default):
                 raise PassError(f"{where(node)} was not packed.")
 
 
@@ -116,11 +120,3 @@ def _packed(params, base, has_zeros, order, layout, case, device) -> dict[str, t
     grid = None if zeros is None else zeros.numpy()
     arrays = layout.pack(case, codes.contiguous().numpy(), scales.numpy(), grid)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _take(read, cache: dict[str, torch.Tensor], suffix: str) -> torch.Tensor:
-    """Packs once for all tensors of a linear: they are read one after another; each is handed out and forgotten."""
-    if suffix not in cache:
-        cache.clear()
-        cache.update(read())
-    return cache.pop(suffix)

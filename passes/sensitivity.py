@@ -23,20 +23,22 @@ from torch import Tensor
 
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import BITS, QuantizeConfig
-from gptq_compile.passes.gptq.factor import Factor
+from gptq_compile.passes.gptq.factor import Factor, no_factor
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.quadratic import row_quadratic
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.gptq.solver import prepare, solve
 from gptq_compile.passes.program import Program, where
+from gptq_compile.passes.quantize_experts import ExpertHessians, as_matrix, for_node, is_expert, observe, observer
 from gptq_compile.passes.stage_runner import Env, Runner
-from gptq_compile.passes.stages import features_of, live_values, stages_of, weight_name
+from gptq_compile.passes.stages import Group, features_of, live_values, stages_of, weight_name
 
 REFERENCE_BITS = 3
 GROUPS = (128, 64, 32)
 HESSIAN_TOKENS = 16384
 PROBES, PROBE_TOKENS = 2, 256
 ROWS = 64
+EXPERTS = 4  # experts of a layer whose rows are sampled
 
 Candidate = tuple[int, int]
 """Bits and group size, the group size as in `QuantizeConfig`."""
@@ -47,7 +49,7 @@ class Sensitivity:
     """What was measured of one linear.
 
     Attributes:
-        name: of its weight. ``shape``: (rows, columns) of it.
+        name: of its weight. ``shape``: (rows, columns) of it, all experts' rows together.
         reference: nats a token that the reference rounding of this linear alone costs.
         divergence: candidate -> predicted nats a token.
     """
@@ -117,6 +119,7 @@ class _Walk:
         self.probes = [self.inputs(ids) for ids in calibration[:PROBES, :PROBE_TOKENS]]
         self.variants: list[_Variant] = []
         self.errors: dict[Node, dict[Candidate, float]] = {}
+        self.shapes: dict[Node, tuple[int, int]] = {}
 
     def inputs(self, ids: Tensor) -> Env:
         n = ids.numel()
@@ -133,17 +136,17 @@ class _Walk:
             stop = start + len(stage.nodes)
             (group,) = stage.groups
             later = order[stop:]
-            hessian = Hessian(features_of(group), device=self.device, name=where(group.source), drop_bad=True)
-            live = live_values(later) | {group.source}
+            hessian = self.observer(group)
+            live = live_values(later) | set(group.reads)
             loaded = self.runner.load(stage.nodes, {})
             for i, state in enumerate(self.states):
                 self.states[i] = self.runner.run(state, stage.nodes, live, loaded)
-                hessian.add(self.states[i][group.source])
+                observe(hessian, [self.states[i][node] for node in group.reads], None)
             self.advance(stage.nodes, live, loaded)
-            factor = prepare(hessian, self.config)
+            problems = self.problems(group, hessian)
             for node in group.linears:
                 if node.args[1] not in self.errors:
-                    self.linear(node, factor)
+                    self.linear(node, problems)
                     if on_linear:
                         on_linear(self.sensitivity(node.args[1], math.nan), len(self.errors), total)
             start = stop
@@ -162,31 +165,51 @@ class _Walk:
             }:
                 variant.perturbed = None
 
-    def linear(self, node: Node, factor: Factor) -> None:
+    def observer(self, group: Group) -> Hessian | ExpertHessians:
+        name = where(group.source)
+        if is_expert(group.linears[0]):
+            return observer(group.linears[0], self.device, name)
+        return Hessian(features_of(group), device=self.device, name=name, drop_bad=True)
+
+    def problems(self, group: Group, hessian: Hessian | ExpertHessians) -> list[tuple[int, int, Factor]]:
+        """What to sample: (part of the rows, number of parts, factor); of experts, the busiest ones."""
+        if isinstance(hessian, Hessian):
+            return [(0, 1, prepare(hessian, self.config))]
+        parts = hessian.parts
+        busy = sorted((e for e in range(len(parts)) if parts[e].tokens), key=lambda e: -parts[e].tokens)
+        if not busy:
+            return [(0, 1, no_factor(parts[0].features, self.device, self.config.damp, "no expert saw a token"))]
+        return [(e, len(parts), prepare(parts[e], self.config)) for e in busy[:EXPERTS]]
+
+    def linear(self, node: Node, problems: list[tuple[int, int, Factor]]) -> None:
         """Errors of the candidates of one linear, and its variant of the probes."""
-        weight = self.program.params.get(node.args[1].meta["param"]).to(self.device, torch.float32)
-        name = weight_name(node)
-        rounding = replace(
-            self.config, wbits=REFERENCE_BITS, mse=False,
-            group_size=min(self.config.group_for(weight.shape[1]), weight.shape[1]),
-        )  # fmt: skip
-        perturbed = rtn(weight, rounding, name=name).weight
-        rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0]), device=self.device).long()
-        sample = weight[rows]
-        base = self.objective(sample, perturbed[rows], factor)
-        self.errors[node.args[1]] = {}
-        for bits, group in candidates_for(self.config, weight.shape[1]):
-            solved = solve(sample, factor, replace(self.config, wbits=bits, group_size=group), name=name)
-            ratio = self.objective(sample, solved.weight, factor) / base if base > 0 else 0.0
-            self.errors[node.args[1]][bits, group] = ratio
-        self.variants.append(_Variant(node.args[1], perturbed, list(self.probes)))
+        stored = self.program.params.get(node.args[1].meta["param"]).to(self.device, torch.float32)
+        weight, name = as_matrix(stored, node), weight_name(node)
+        columns = weight.shape[1]
+        group = min(self.config.group_for(columns), columns)
+        rounding = replace(self.config, wbits=REFERENCE_BITS, mse=False, group_size=group)
+        rounded = rtn(weight, rounding, name=name)
+        perturbed = rounded.weight
+        base, errors = 0.0, dict.fromkeys(candidates_for(self.config, columns), 0.0)
+        for part, parts, factor in problems:
+            height = weight.shape[0] // parts
+            count = min(max(1, ROWS // len(problems)), height)
+            rows = torch.linspace(0, height - 1, count, device=self.device).long() + part * height
+            base += self.objective(weight[rows], perturbed[rows], factor)
+            for bits, group in errors:
+                config = replace(self.config, wbits=bits, group_size=group)
+                solved = solve(weight[rows], factor, config, name=name)
+                errors[bits, group] += self.objective(weight[rows], solved.weight, factor)
+        self.errors[node.args[1]] = {c: e / base if base > 0 else 0.0 for c, e in errors.items()}
+        self.shapes[node.args[1]] = (weight.shape[0], columns)
+        self.variants.append(_Variant(node.args[1], for_node(rounded, node).weight, list(self.probes)))
 
     @staticmethod
     def objective(weight: Tensor, quantized: Tensor, factor: Factor) -> float:
         error = weight - quantized
         if factor.hessian is None:
             return float(error.square().sum(dtype=torch.float64))
-        return float(row_quadratic(error, factor.hessian, 1.0).sum())
+        return float(row_quadratic(error, factor.hessian, factor.scale).sum())
 
     def finish(self, nodes: list[Node]) -> dict[Node, Sensitivity]:
         """Runs what follows the last linears, and compares predictions."""
@@ -209,6 +232,5 @@ class _Walk:
 
     def sensitivity(self, weight: Node, reference: float) -> Sensitivity:
         reference = max(reference, 0.0) if math.isfinite(reference) else reference
-        rows, columns = (int(d) for d in weight.meta["val"].shape)
         divergence = {c: reference * ratio for c, ratio in self.errors[weight].items()}
-        return Sensitivity(weight.meta["param"], (rows, columns), reference, divergence)
+        return Sensitivity(weight.meta["param"], self.shapes[weight], reference, divergence)

@@ -11,6 +11,7 @@ import torch
 from gptq_compile.errors import PassError
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.program import Program, module_path
+from gptq_compile.passes.quantize_experts import is_expert
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
@@ -18,10 +19,16 @@ aten = torch.ops.aten
 
 @dataclass
 class Group:
-    """Linears that read one value."""
+    """Linears that read one value, or a linear of experts, which also reads whose tokens they are."""
 
     source: Node
     linears: list[Node] = field(default_factory=list)
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values that its Hessian is made of."""
+        first = self.linears[0]
+        return (self.source, first.args[2]) if is_expert(first) else (self.source,)  # type: ignore[return-value]
 
 
 @dataclass
@@ -34,16 +41,20 @@ class Stage:
 
 
 def quantizable(program: Program, include_head: bool) -> list[Node]:
-    """The linears to quantize, in graph order."""
+    """The linears to quantize, those of experts among them, in graph order."""
     graph = program.graph
     users_first = list(reversed(graph.nodes))
     feeds: dict[Node, bool] = {}  # does a linear or attention depend on the node?
     for node in users_first:
         feeds[node] = any(
-            feeds.get(u, False) or u.target in (aten.linear.default, ops.attention.default) for u in node.users
+            feeds.get(u, False) or u.target in (aten.linear.default, ops.expert_linear.default, ops.attention.default)
+            for u in node.users
         )
     chosen = []
     for node in graph.nodes:
+        if is_expert(node):
+            chosen.append(node)
+            continue
         if node.op != "call_function" or node.target is not aten.linear.default:
             continue
         weight = node.args[1]
@@ -71,9 +82,10 @@ def _only_routes(node: Node) -> bool:
 
 
 def stages_of(program: Program, linears: list[Node], sequential: str) -> list[Stage]:
-    groups: dict[Node, Group] = {}
+    groups: dict[tuple[Node, Node | None], Group] = {}
     for node in linears:
-        groups.setdefault(node.args[0], Group(node.args[0])).linears.append(node)
+        key = (node.args[0], node.args[2] if is_expert(node) else None)
+        groups.setdefault(key, Group(node.args[0])).linears.append(node)
     order = [n for n in program.graph.nodes if n.op == "call_function"]
     index = {n: i for i, n in enumerate(order)}
     stages: list[Stage] = []
@@ -108,7 +120,7 @@ def live_values(later: list[Node]) -> set[Node]:
 
 
 def weights_of(nodes: list[Node]) -> list[Node]:
-    return [n.args[1] for n in nodes if n.target is aten.linear.default]
+    return [n.args[1] for n in nodes if n.target is aten.linear.default or is_expert(n)]
 
 
 def features_of(group: Group) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import gptq_compile.passes.dialect_experts  # noqa: F401  registers ops
 from gptq_compile.errors import PassError
 from gptq_compile.passes import pattern
 from gptq_compile.passes import token_rules as rules
@@ -180,7 +181,9 @@ _RULES: dict[Any, Callable[..., TokenAxis | None]] = {
     aten.linalg_vector_norm.default: lambda p, n, a: rules.reduce("a norm")(p, rules.norm_args(n), a),
     **dict.fromkeys(
         (aten.linear.default, ops.quant_linear.default, ops.packed_linear.default), rules.linear),
-    ops.expert_linear.default: rules.expert_linear,
+    ops.expert_linear.default: rules.expert_linear(2),
+    ops.quant_expert_linear.default: rules.expert_linear(4),
+    ops.packed_expert_linear.default: rules.expert_linear(2),
     **dict.fromkeys((*rules.PRODUCTS, aten.addmm.default, aten.baddbmm.default), rules.matmul),
     **dict.fromkeys((aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default), rules.layer_norm),
     **dict.fromkeys((ops.rms_norm.default, ops.layer_norm.default), rules.last_dim),

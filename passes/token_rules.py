@@ -183,11 +183,17 @@ def linear(program: Program, node: Any, axes: Axes) -> TokenAxis:
     return axes[x]
 
 
-def expert_linear(program: Program, node: Any, axes: Axes) -> TokenAxis:
-    x, weight, expert = node.args[:3]
-    if weight in axes or axes.get(x) != axes.get(expert) or axes[x].dim == rank_of(x) - 1:
-        raise MixesTokensError("its experts are not chosen token by token")
-    return axes[x]
+def expert_linear(position: int) -> Callable[[Program, Any, Axes], TokenAxis]:
+    """A linear of experts whose argument number ``position`` says which expert reads a row."""
+
+    def rule(program: Program, node: Any, axes: Axes) -> TokenAxis:
+        x, expert = node.args[0], node.args[position]
+        extra = [a for a in node.all_input_nodes if a in axes and a not in (x, expert)]
+        if extra or axes.get(x) != axes.get(expert) or axes[x].dim == rank_of(x) - 1:
+            raise MixesTokensError("its experts are not chosen token by token")
+        return axes[x]
+
+    return rule
 
 
 def matmul(program: Program, node: Any, axes: Axes) -> TokenAxis:

@@ -73,6 +73,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {**_GQA, "head_dim": 16},
     "mixtral": {**_GQA, "num_local_experts": 4},
     "qwen3_moe": {**_GQA, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**_GQA, "num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         **_GQA, **_LOCAL_GLOBAL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},

@@ -18,6 +18,7 @@ from gptq_compile.artifact.tensors import TensorWriter
 from gptq_compile.errors import OutputError
 from gptq_compile.frontend.source import ModelSource
 from gptq_compile.passes.dialect import dequantize
+from gptq_compile.passes.dialect_experts import dequantize_experts
 from gptq_compile.passes.program import Program
 
 _TRANSPOSED = ".T"  # ends the name of a parameter that Normalize turned into a linear's weight
@@ -41,12 +42,22 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
         made = dequantize(codes, scales, zeros, g_idx, bits, group)
         return made.t().contiguous() if name.endswith(_TRANSPOSED) else made
 
+    def experts(name: str, nodes: Sequence[fx.Node | None], bits: int, group: int) -> Tensor:
+        codes, scales, zeros = (None if n is None else params.get(n.meta["param"]) for n in nodes)
+        assert codes is not None and scales is not None
+        made = dequantize_experts(codes, scales, zeros, bits, group)
+        return made.transpose(1, 2).contiguous() if name.endswith(_TRANSPOSED) else made
+
     found: dict[str, Callable[[], Tensor]] = {}
     for node in program.graph.nodes:
         if node.target is torch.ops.gptq_compile.quant_linear.default:
             _, codes, scales, zeros, g_idx, _, bits, group = node.args
             name = codes.meta["param"].removesuffix(".codes")
             found[name.removesuffix(_TRANSPOSED)] = partial(weight, name, (codes, scales, zeros, g_idx), bits, group)
+        elif node.target is torch.ops.gptq_compile.quant_expert_linear.default:
+            _, codes, scales, zeros, _, _, bits, group = node.args
+            name = codes.meta["param"].removesuffix(".codes")
+            found[name.removesuffix(_TRANSPOSED)] = partial(experts, name, (codes, scales, zeros), bits, group)
     return found
 
 

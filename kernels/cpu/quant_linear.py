@@ -52,7 +52,7 @@ def _accepts_fused(case: Case, target: Target) -> Refusal | None:
     return _accepts(case, target)
 
 
-class _Tensors:
+class Tensors:
     """The parameters of a quant_linear PrimFunc, in the contract's order."""
 
     def __init__(self, f: Function, case: Case, target: Target) -> None:
@@ -70,6 +70,14 @@ class _Tensors:
         self.out = f.tensor("out", (self.rows, case["out_features"]), self.out_dtype)
         self.tiles = -(-case["out_features"] // LANES)
 
+    def column_tile(self, tile: Expr, row: Expr) -> Expr:
+        """The tile of output columns that a tile of weight rows makes."""
+        return tile
+
+    def bias_at(self, row: Expr, column: Expr) -> Expr | None:
+        """The bias of an output, or None."""
+        return None if self.bias is None else self.bias[column]
+
     def scale(self, tile: Expr, group: Expr, lane: Expr) -> Expr:
         return script().cast(self.scales[tile, group, lane], "float32")
 
@@ -83,12 +91,14 @@ class _Tensors:
         """Emits out[row, tile's lanes] = value(lane) + bias, guarding the lanes of the last tile."""
         ir = script()
         n = self.case["out_features"]
+        tile = self.column_tile(tile, row)
 
         def emit(lane: Expr) -> None:
             column = tile * LANES + lane
             result = value(lane)
-            if self.bias is not None:
-                result = result + ir.cast(self.bias[column], "float32")
+            bias = self.bias_at(row, column)
+            if bias is not None:
+                result = result + ir.cast(bias, "float32")
             store(self.out, (row, column), ir.cast(result, self.out_dtype))
 
         def whole() -> None:
@@ -149,7 +159,7 @@ def _blocks(bits: int, size: int, emit: Callable[[Expr, Expr, int], None]) -> No
         emit(whole * per_words, whole * per_block, rest)
 
 
-def _prescaled(t: _Tensors) -> tuple[Any, Any]:
+def prescaled(t: Tensors) -> tuple[Any, Any]:
     """Emits x * 2**-s (float32 [rows, K]) and the sum of x over each group (float32 [rows, groups])."""
     ir = script()
     grouping, rows = t.grouping, t.rows
@@ -189,20 +199,20 @@ def _fused(case: Case, target: Target) -> Any:
     """Builds the decode kernel: static rows, weights read once per four rows."""
     ir = script()
     with Function("quant_linear") as f:
-        t = _Tensors(f, case, target)
+        t = Tensors(f, case, target)
         grouping = t.grouping
-        x, sums = _prescaled(t)
+        x, sums = prescaled(t)
         with ir.parallel(t.tiles) as tile:
             passes = -(-case.rows // FUSED_ROWS_AT_ONCE) if case.rows else 1
             first = 0
             for p in range(passes):
                 count = -(-(int(case.rows or 1) - first) // (passes - p))
-                _fused_rows(t, x, sums, tile, tuple(range(first, first + count)), grouping)
+                fused_rows(t, x, sums, tile, tuple(range(first, first + count)), grouping)
                 first += count
     return f.result()
 
 
-def _fused_rows(t: _Tensors, x: Any, sums: Any, tile: Expr, rows: tuple[int, ...], grouping: Grouping) -> None:
+def fused_rows(t: Tensors, x: Any, sums: Any, tile: Expr, rows: tuple[Expr, ...], grouping: Grouping) -> None:
     """Emits out[rows, tile] for at most four rows."""
     ir = script()
     chains = max(1, FUSED_CHAINS // len(rows))
@@ -265,7 +275,7 @@ def _panel(case: Case, target: Target) -> Any:
     """Builds the general kernel: any number of rows, static or symbolic."""
     ir = script()
     with Function("quant_linear") as f:
-        t = _Tensors(f, case, target)
+        t = Tensors(f, case, target)
         grouping, rows = t.grouping, t.rows
         x = t.x
         if case.dtype != "float32":
@@ -296,7 +306,7 @@ def _row_lane(sums: Any, row: Expr, lane: Expr) -> Expr:
     return sums[row, lane]
 
 
-def _dequantize(t: _Tensors, panel: Any, tile: Expr, group: Expr, groups: int, size: int) -> None:
+def _dequantize(t: Tensors, panel: Any, tile: Expr, group: Expr, groups: int, size: int) -> None:
     """Emits panel[i] = scale * (code - zero) for the codes i of `groups` groups; exact in float32."""
     ir = script()
     bits = t.grouping.bits

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gptq_compile.kernels import reference
+from gptq_compile.kernels import layouts, reference
 from gptq_compile.kernels.registry import Case
+from gptq_compile.kernels.target import Target
 
 Arguments = list[np.ndarray]
 PAGE = 16
@@ -158,6 +159,42 @@ def _experts(
 
     name = f"experts-{dtype}-{rows}-e{experts}k{k}n{n}b{bias:d}t{transposed:d}"
     return _op(name, "expert_linear", dtype, rows, attrs, make, expect)
+
+
+def quant_experts(
+    target: str, dtype: str, rows: int | None, bits: int, group: int, experts: int, k: int, n: int, *,
+    zeros: bool = True, bias: bool = False,
+) -> OpCase:  # fmt: skip
+    """Experts whose packed weights are in the layout of ``target`` (``"cpu"`` or ``"cuda"``)."""
+    attrs = {"experts": experts, "in_features": k, "out_features": n, "bits": bits, "group_size": group,
+             "has_zeros": zeros, "has_bias": bias}  # fmt: skip
+    name = f"quant-experts-{target}-{dtype}-{rows}-w{bits}g{group}e{experts}k{k}n{n}z{zeros:d}b{bias:d}"
+    case = Case.make("quant_expert_linear", dtype, rows, **attrs)
+    slab = layouts.slab_case(case)
+    layout = layouts.layout_for(slab, Target.parse(target))
+    padded, groups = layouts.padded_rows(case), -(-k // (k if group == -1 else group))
+
+    def make(rng: np.random.Generator, m: int) -> Arguments:
+        codes = rng.integers(0, 1 << bits, (experts, padded, k)).astype(np.uint8)
+        scales = (rng.uniform(0.5, 1.5, (experts, padded, groups)) / (1 << bits)).astype(np.float16)
+        points = rng.integers(0, 1 << bits, (experts, padded, groups)).astype(np.uint8)
+        flat = [a.reshape(experts * padded, -1) for a in (codes, scales, points)]
+        packed = layout.pack(slab, flat[0], flat[1], flat[2] if zeros else None)
+        biases = [_normal(rng, (experts, n), dtype)] if bias else []
+        x = _normal(rng, (m, k), dtype, k**-0.5)
+        return [x, *packed.values(), rng.integers(0, experts, m), *biases, _poison((m, n), dtype)]
+
+    def expect(a: Arguments) -> Mapping[int, np.ndarray]:
+        packed = dict(zip(layout.tensors(slab), a[1:], strict=False))
+        scales, points = layout.unpack_grid(slab, packed)
+        index = np.arange(k) // (k if group == -1 else group)
+        zero = float(1 << (bits - 1)) if points is None else points.astype(np.float64)[:, index]
+        weight = (layout.unpack(slab, packed).astype(np.float64) - zero) * scales.astype(np.float64)[:, index]
+        weight = weight.reshape(experts, padded, k)[:, :n]
+        chosen = a[1 + len(packed)]
+        return {len(a) - 1: reference.expert_linear(a[0], weight, chosen, a[-2] if bias else None)}
+
+    return _op(name, "quant_expert_linear", dtype, rows, attrs, make, expect)
 
 
 def _topk(dtype: str, rows: int | None, width: int, k: int, largest: bool = True) -> OpCase:
@@ -393,6 +430,18 @@ def expert_cases(dtype: str) -> list[OpCase]:
         _topk(dtype, None, 8, 2),
         _topk(dtype, 3, 300, 9),
         _topk(dtype, 1, 5, 5, largest=False),
+    ]
+
+
+def quant_expert_cases(target: str, dtype: str) -> list[OpCase]:
+    """Every width of codes, groups that no word or vector divides, short last groups, one row and many."""
+    return [
+        quant_experts(target, dtype, None, 4, 32, 4, 64, 40),
+        quant_experts(target, dtype, 3, 3, 32, 5, 96, 7, bias=True),
+        quant_experts(target, dtype, 1, 2, 16, 2, 100, 130),
+        quant_experts(target, dtype, None, 8, -1, 3, 30, 37, zeros=False, bias=True),
+        quant_experts(target, dtype, 3, 3, 20, 3, 50, 33, zeros=False),
+        quant_experts(target, dtype, None, 4, 128, 2, 320, 48),
     ]
 
 
