@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.gptq.allocate import Allocation, Choice, allocate
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.store import SolutionStore
+from gptq_compile.passes.gptq.world import current, join
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.sensitivity import Candidate, Sensitivity, measure
@@ -98,12 +99,15 @@ class BudgetedQuantize(GptqQuantize):
         if not linears:
             return False
         assert self.calibration is not None
+        self.device = join(self.device)
         held_out = self._hold_out() if self.config.max_ppl_increase is not None else None
         found = measure(
             program, linears, self.config, self.calibration, self.device,
             lambda s, i, n: self.note(f"measured {i} of {n} linears") if i % 50 == 0 or i == n else None,
         )  # fmt: skip
-        table = _Table(found, self.config, self._size_of())
+        # Every process measures everything; rank 0's figures decide.
+        sensitivities = current().agree(list(found.values()))
+        table = _Table(sensitivities, self.config, self._size_of())
         if held_out is not None:
             return self._bounded(program, table, held_out)
         if self.config.avg_bits is not None:
@@ -166,7 +170,7 @@ class BudgetedQuantize(GptqQuantize):
             chosen = table.cheapest(allowed / gain, low, high)
             trial, self.reports = program.clone(), []
             self._quantize(trial, table, chosen)
-            increase = _nll(trial, held_out, self.device) - full
+            increase = current().agree(_nll(trial, held_out, self.device) - full)
             self.note(
                 f"{chosen.size / table.weights:.3f} bits a weight raise the perplexity of held-out calibration text by "
                 f"{math.expm1(increase):.2%} (allowed: {self.config.max_ppl_increase:.2%})"
@@ -204,12 +208,12 @@ class _Table:
 
     def __init__(
         self,
-        found: Mapping[Node, Sensitivity],
+        linears: Sequence[Sensitivity],
         config: QuantizeConfig,
         size_of: Callable[[int, int, QuantizeConfig], int],
     ) -> None:
         self.config = config
-        self.linears = list(found.values())
+        self.linears = list(linears)
         self.candidates: list[list[Candidate]] = [list(s.divergence) for s in self.linears]
         self.weights = sum(math.prod(s.shape) for s in self.linears)
         self.items = [

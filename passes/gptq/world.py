@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from gptq_compile.passes.gptq.factor import Factor
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.solution import RowErrors, Solution
 from gptq_compile.passes.gptq.solver import finished, solve
+
+T = TypeVar("T")
 
 _MIN_ROWS = 16  # rows of a share below which every process solves all of them
 
@@ -35,6 +38,14 @@ class World:
         """Adds up what the processes' accumulators of one value have seen; all then hold the sum."""
         if self.size > 1:
             hessian.all_reduce()
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value: what each process measured for itself may differ in the last bits, and decisions must not."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def solve(self, weight: Tensor, factor: Factor, config: QuantizeConfig, name: str) -> Solution:
         """``solver.solve`` with the rows shared among the processes; all get the whole solution."""

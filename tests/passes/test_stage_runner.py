@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from gptq_compile.errors import ConfigError
 from gptq_compile.frontend.trace import trace
 from gptq_compile.passes import gptq_quantize
+from gptq_compile.passes.budget import BudgetedQuantize
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager
@@ -112,3 +113,28 @@ def test_two_processes_give_the_codes_of_one(tmp_path: Path) -> None:
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name])
         assert float((first[name] != tensor).float().mean()) < 0.005, name  # ties only
+
+
+def _budget_process(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    program = traced("qwen3_moe")
+    config = QuantizeConfig(group_size=32, avg_bits=4.0, token_weighting="none")
+    calibration = torch.randint(0, 250, (12, 48), generator=torch.Generator().manual_seed(5))
+    BudgetedQuantize(config, calibration).run(program)
+    names = [name for name in program.param_nodes if name.endswith(".codes")]
+    bits = {entry["name"]: (entry["bits"], entry["method"]) for entry in program.attrs["quantization"]}
+    torch.save(({name: program.params.get(name) for name in names}, bits), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_on_bits_and_on_experts(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_budget_process, (port, str(tmp_path)), nprocs=2)
+    (first, bits), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert bits == others and len({b for b, _ in bits.values()}) > 1
+    assert any(method == "gptq" for name, (_, method) in bits.items() if "experts" in name)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(codes, second[name]) for name, codes in first.items())
