@@ -68,9 +68,10 @@ class AttentionParams:
 
 
 def refuse_dtype(case: Case) -> Refusal | None:
-    """Refuses activation types other than float32 and float16."""
-    if case.dtype not in DTYPES:
-        return Refusal(f"activations are {case.dtype}; this kernel is written for {' and '.join(DTYPES)}")
+    """Refuses types of activations and results other than float32 and float16."""
+    for what, dtype in (("activations", case.dtype), ("results", case.get("out_dtype", case.dtype))):
+        if dtype not in DTYPES:
+            return Refusal(f"{what} are {dtype}; this kernel is written for {' and '.join(DTYPES)}")
     return None
 
 

@@ -219,11 +219,14 @@ def _(x, weight, bias, eps, *, out_dtype=None):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rotary_embedding", mutates_args=())
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def rotary_embedding(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) on the first ``cos.shape[-1]`` features of each head.
 
     Shapes: x ``[1, n, heads, head_dim]``; cos and sin ``[1, n, rotary_dim]``, one value per feature. The partner of
-    feature ``i`` is half the rotary width away, or its neighbour when ``interleaved``.
+    feature ``i`` is half the rotary width away, or its neighbour when ``interleaved``. The result has ``out_dtype``, by
+    default the type of ``x``.
     """
     r = cos.shape[-1]
     c, s = cos.float().unsqueeze(2), sin.float().unsqueeze(2)
@@ -232,23 +235,27 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
         turned = torch.stack([-head[..., 1::2], head[..., 0::2]], dim=-1).flatten(-2)
     else:
         turned = torch.cat([-head[..., r // 2 :], head[..., : r // 2]], dim=-1)
-    return torch.cat([(head * c + turned * s).to(x.dtype), x[..., r:]], dim=-1)
+    out = torch.cat([head * c + turned * s, x[..., r:].float()], dim=-1)
+    return out.to(x.dtype if out_dtype is None else out_dtype)
 
 
 @rotary_embedding.register_fake
-def _(x, cos, sin, interleaved=False):
-    return x.new_empty(x.shape)
+def _(x, cos, sin, interleaved=False, *, out_dtype=None):
+    return x.new_empty(x.shape, dtype=out_dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gated_act", mutates_args=())
-def gated_act(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """``act(gate) * up`` with ``act`` one of :data:`ACTIVATIONS` (GLU variants, arXiv 2002.05202)."""
-    return (ACTIVATIONS[act](gate.float()) * up.float()).to(gate.dtype)
+def gated_act(gate: Tensor, up: Tensor, act: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """``act(gate) * up`` with ``act`` one of :data:`ACTIVATIONS` (GLU variants, arXiv 2002.05202).
+
+    The result has ``out_dtype``, by default the type of ``gate``.
+    """
+    return (ACTIVATIONS[act](gate.float()) * up.float()).to(gate.dtype if out_dtype is None else out_dtype)
 
 
 @gated_act.register_fake
-def _(gate, up, act):
-    return gate.new_empty(gate.shape)
+def _(gate, up, act, *, out_dtype=None):
+    return gate.new_empty(gate.shape, dtype=out_dtype)
 
 
 def dequantize(

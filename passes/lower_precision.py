@@ -7,8 +7,9 @@ range or precision is needed.
 2. The residual stream stays float32: an embedding reads a table in half precision, but what it returns is widened at
    once, and by rule 6 so is every sum with it. Updates are small against what they are added to: in SmolLM2-135M
    rounding the stream at each addition made seven eighths of the logits' squared error.
-3. Norms take their input as it comes, their statistics and parameters are float32, and their result is half precision
-   where nothing but half-precision ops reads it, else float32. So they end the stream without a cast of its own.
+3. Norms, rotary embeddings and gated activations take their input as it comes, compute in float32 (norms: on float32
+   parameters), and their result is half precision where nothing but half-precision ops reads it, else float32. So
+   they end the stream without a cast of its own; and a linear that only they read returns float32 sums.
 4. Rotary tables, attention sinks, alibi slopes and quantization scales stay float32.
 5. Roots, powers, exponentials, reductions, softmax, trigonometry, sorting and squares (:data:`FLOAT_OPS`) run in
    float32, and so does arithmetic with a constant that half precision cannot hold.
@@ -52,6 +53,8 @@ FLOAT_OPS = frozenset(
 """ATen ops that run in float32, by name."""
 
 _NORMS = (torch.ops.gptq_compile.rms_norm.default, torch.ops.gptq_compile.layer_norm.default)
+_GATE = torch.ops.gptq_compile.gated_act.default
+_ROUNDING = (*_NORMS, torch.ops.gptq_compile.rotary_embedding.default, _GATE)
 _MOVEMENT = pattern.MOVEMENT | {aten.index_select.default, aten.index.Tensor}
 _FLOAT_ARGUMENTS = frozenset({"cos", "sin", "sinks", "alibi_slopes"})
 _LEFT_ALONE = frozenset({"scales", "zeros", "codes", "g_idx", "packed", "k_cache", "v_cache"})
@@ -133,8 +136,8 @@ class _Lowering:
                 self.changed.add(cache)
 
     def _lower(self, node: Node) -> None:
-        if is_call(node, *_NORMS):
-            self._lower_norm(node)
+        if is_call(node, *_ROUNDING):
+            self._lower_rounding(node)
             return
         policy = self._policy(node)
         names = [a.name for a in node.target._schema.arguments] if hasattr(node.target, "_schema") else []
@@ -157,12 +160,21 @@ class _Lowering:
             self.changed.add(node)
             was = dtype(node) if is_tensor(node) else None  # topk and split return several tensors
             self._retype(node, policy)
-            if was is not None and is_call(node, aten.embedding.default) and dtype(node) != was:
+            if was is None or dtype(node) == was:
+                return
+            if is_call(node, aten.embedding.default) or (
+                is_call(node, aten.linear.default) and self._only_rounding_reads(node)
+            ):
                 self._widen(node, was)
 
-    def _lower_norm(self, node: Node) -> None:
+    def _lower_rounding(self, node: Node) -> None:
         x, *rest = node.args
-        args = (x, *(self._as(a, torch.float32) if _is_float(a) else a for a in rest))
+        if is_call(node, _GATE):
+            both = torch.promote_types(dtype(x), dtype(rest[0]))
+            args = (self._as(x, both), self._as(rest[0], both), *rest[1:])
+        else:
+            args = (x, *(self._as(a, torch.float32) if _is_float(a) else a for a in rest))
+        x = args[0]
         wanted = self.half if self._only_half_reads(node) else torch.float32
         kwargs = {k: v for k, v in node.kwargs.items() if k != "out_dtype"}
         if wanted != dtype(x):
@@ -179,12 +191,20 @@ class _Lowering:
         for user in node.users:
             if user.target in pattern.SHAPE_ONLY:
                 continue
-            if user.op != "call_function" or is_call(user, *_NORMS):
+            if user.op != "call_function" or is_call(user, *_ROUNDING):
                 return False
             moved = user.target in _MOVEMENT
             if not (self._only_half_reads(user) if moved else self._policy(user) == self.half):
                 return False
         return True
+
+    def _only_rounding_reads(self, node: fx.Node) -> bool:
+        """Whether every op that reads a value, as it is or moved about, takes what comes and rounds by itself."""
+        readers = [user for user in node.users if user.target not in pattern.SHAPE_ONLY]
+        return bool(readers) and all(
+            is_call(user, *_ROUNDING) or (user.target in _MOVEMENT and self._only_rounding_reads(user))
+            for user in readers
+        )
 
     def _widen(self, node: Node, to: torch.dtype) -> None:
         """Lets all that read ``node`` read it in a wider type."""

@@ -349,7 +349,7 @@ def _rotary(entry: _Entry, node: Node) -> Any:
     case = Case.make(
         "rotary_embedding", _dtype(x), rows if isinstance(rows, int) else None, heads=heads, head_dim=dim,
         rotary_dim=int(cos.meta["val"].shape[-1]), interleaved=bool(interleaved[0]) if interleaved else False,
-        table_dtype=_dtype(cos),
+        table_dtype=_dtype(cos), out_dtype=_dtype(node),
     )  # fmt: skip
     return entry.shaped(entry.kernels.call(case, [value, *tables], [rows, heads, dim], _dtype(node)), node)
 
@@ -359,7 +359,10 @@ def _gated_act(entry: _Entry, node: Node) -> Any:
     width = int(gate.meta["val"].shape[-1])
     flat_up, _ = entry.flat(up)
     value, rows = entry.flat(gate)
-    case = Case.make("gated_act", _dtype(gate), rows if isinstance(rows, int) else None, features=width, act=act)
+    case = Case.make(
+        "gated_act", _dtype(gate), rows if isinstance(rows, int) else None, features=width, act=act,
+        out_dtype=_dtype(node),
+    )  # fmt: skip
     return entry.shaped(entry.kernels.call(case, [value, flat_up], [rows, width], _dtype(node)), node)
 
 

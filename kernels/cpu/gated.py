@@ -19,16 +19,17 @@ from gptq_compile.kernels.tvm_env import T
 def _gated(case: Case, target: Target) -> Any:
     m, F, dtype = tm.rows(case, "m"), int(case["features"]), case.dtype
     act = ACTIVATIONS[case["act"]]
+    out_dtype = str(case.get("out_dtype", dtype))
     L = tm.lanes(F)
     loop = row_loop(case, F)
 
     @T.prim_func(s_tir=True)
-    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), dtype)):
+    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), out_dtype)):
         for i in loop(m):
             for k in range(F // L):
                 for v in T.vectorized(L):
                     out[i, k * L + v] = T.Cast(
-                        dtype, act(T.Cast("float32", gate[i, k * L + v])) * T.Cast("float32", up[i, k * L + v])
+                        out_dtype, act(T.Cast("float32", gate[i, k * L + v])) * T.Cast("float32", up[i, k * L + v])
                     )
 
     return gated_act

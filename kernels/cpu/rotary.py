@@ -19,6 +19,7 @@ def _rotary(case: Case, target: Target) -> Any:
     """One token per task. Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved; the rest of a head is copied."""
     n, H, D, dtype = tm.rows(case), int(case["heads"]), int(case["head_dim"]), case.dtype
     R, table_dtype = int(case.get("rotary_dim", D)), str(case.get("table_dtype", dtype))
+    out_dtype = str(case.get("out_dtype", dtype))
     interleaved = bool(case.get("interleaved", False))
     half = R // 2
     L, CL = tm.lanes(half), tm.lanes(D - R) if D > R else 1
@@ -29,7 +30,7 @@ def _rotary(case: Case, target: Target) -> Any:
         x: T.Buffer((n, H, D), dtype),
         cos: T.Buffer((n, R), table_dtype),
         sin: T.Buffer((n, R), table_dtype),
-        out: T.Buffer((n, H, D), dtype),
+        out: T.Buffer((n, H, D), out_dtype),
     ):
         for t in loop(n):
             for h in range(H):
@@ -38,18 +39,18 @@ def _rotary(case: Case, target: Target) -> Any:
                         a = T.meta_var(2 * (i * L + v) if interleaved else i * L + v)
                         b = T.meta_var(2 * (i * L + v) + 1 if interleaved else half + i * L + v)
                         out[t, h, a] = T.Cast(
-                            dtype,
+                            out_dtype,
                             T.Cast("float32", x[t, h, a]) * T.Cast("float32", cos[t, a])
                             - T.Cast("float32", x[t, h, b]) * T.Cast("float32", sin[t, a]),
                         )
                         out[t, h, b] = T.Cast(
-                            dtype,
+                            out_dtype,
                             T.Cast("float32", x[t, h, b]) * T.Cast("float32", cos[t, b])
                             + T.Cast("float32", x[t, h, a]) * T.Cast("float32", sin[t, b]),
                         )
                 for i in range((D - R) // CL):
                     for v in T.vectorized(CL):
-                        out[t, h, R + i * CL + v] = x[t, h, R + i * CL + v]
+                        out[t, h, R + i * CL + v] = T.Cast(out_dtype, x[t, h, R + i * CL + v])
 
     return rotary_embedding
 

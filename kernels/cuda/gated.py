@@ -20,26 +20,28 @@ _THREADS = 128
 
 def _gated(case: Case, target: Target) -> Any:
     m, F, dtype = tm.rows(case, "m"), int(case["features"]), case.dtype
+    out_dtype = str(case.get("out_dtype", dtype))
     act = ACTIVATIONS[case["act"]]
     L = vector_width(F, dtype)
     chunks = F // L
 
     @T.prim_func(s_tir=True)
-    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), dtype)):
+    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), out_dtype)):
         for row in T.thread_binding(m, thread="blockIdx.x"):
             for by in T.thread_binding((chunks + _THREADS - 1) // _THREADS, thread="blockIdx.y"):
                 for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
                     if by * _THREADS + tx < chunks:
                         a = T.alloc_buffer((L,), dtype, scope="local")
                         b = T.alloc_buffer((L,), dtype, scope="local")
+                        c = T.alloc_buffer((L,), out_dtype, scope="local")
                         for v in T.vectorized(L):
                             a[v] = gate[row, (by * _THREADS + tx) * L + v]
                         for v in T.vectorized(L):
                             b[v] = up[row, (by * _THREADS + tx) * L + v]
                         for v in T.unroll(L):
-                            a[v] = T.Cast(dtype, act(T.Cast("float32", a[v])) * T.Cast("float32", b[v]))
+                            c[v] = T.Cast(out_dtype, act(T.Cast("float32", a[v])) * T.Cast("float32", b[v]))
                         for v in T.vectorized(L):
-                            out[row, (by * _THREADS + tx) * L + v] = a[v]
+                            out[row, (by * _THREADS + tx) * L + v] = c[v]
 
     return gated_act
 

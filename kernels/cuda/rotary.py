@@ -20,6 +20,7 @@ def _rotary(case: Case, target: Target) -> Any:
     """One thread per pair: (i, i + R/2), or (2i, 2i + 1) when interleaved; the rest of a head is copied."""
     n, H, D, dtype = tm.rows(case), int(case["heads"]), int(case["head_dim"]), case.dtype
     R, table_dtype = int(case.get("rotary_dim", D)), str(case.get("table_dtype", dtype))
+    out_dtype = str(case.get("out_dtype", dtype))
     interleaved = bool(case.get("interleaved", False))
     half, rest = R // 2, D - R
 
@@ -28,7 +29,7 @@ def _rotary(case: Case, target: Target) -> Any:
         x: T.Buffer((n, H, D), dtype),
         cos: T.Buffer((n, R), table_dtype),
         sin: T.Buffer((n, R), table_dtype),
-        out: T.Buffer((n, H, D), dtype),
+        out: T.Buffer((n, H, D), out_dtype),
     ):
         for t in T.thread_binding(n, thread="blockIdx.x"):
             for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
@@ -41,16 +42,18 @@ def _rotary(case: Case, target: Target) -> Any:
                         xa: T.let[T.float32] = T.Cast("float32", x[t, h, a])
                         xb: T.let[T.float32] = T.Cast("float32", x[t, h, b])
                         out[t, h, a] = T.Cast(
-                            dtype, xa * T.Cast("float32", cos[t, a]) - xb * T.Cast("float32", sin[t, a])
+                            out_dtype, xa * T.Cast("float32", cos[t, a]) - xb * T.Cast("float32", sin[t, a])
                         )
                         out[t, h, b] = T.Cast(
-                            dtype, xb * T.Cast("float32", cos[t, b]) + xa * T.Cast("float32", sin[t, b])
+                            out_dtype, xb * T.Cast("float32", cos[t, b]) + xa * T.Cast("float32", sin[t, b])
                         )
                 if rest > 0:
                     for step in range((H * rest + _THREADS - 1) // _THREADS):
                         element: T.let[T.int32] = step * _THREADS + tx
                         if element < H * rest:
-                            out[t, element // rest, R + element % rest] = x[t, element // rest, R + element % rest]
+                            out[t, element // rest, R + element % rest] = T.Cast(
+                                out_dtype, x[t, element // rest, R + element % rest]
+                            )
 
     return rotary_embedding
 

@@ -117,30 +117,43 @@ def _op(name, op, dtype, rows, attrs, make, expect, tolerance=None) -> OpCase:
     return OpCase(name, Case.make(op, dtype, rows, **attrs), make, expect, sizes, tolerance or _TOLERANCE[dtype])
 
 
-def _rotary(dtype: str, rows: int | None, heads: int, head_dim: int, rotary_dim: int, interleaved: bool) -> OpCase:
+def _rotary(
+    dtype: str,
+    rows: int | None,
+    heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    out_dtype: str | None = None,
+) -> OpCase:
     attrs = {"heads": heads, "head_dim": head_dim, "rotary_dim": rotary_dim, "interleaved": interleaved}
+    out_dtype = out_dtype or dtype
+    attrs["out_dtype"] = out_dtype
 
     def make(rng: np.random.Generator, n: int) -> Arguments:
         angles = rng.uniform(-3, 3, (n, rotary_dim))
         x = _normal(rng, (n, heads, head_dim), dtype)
-        return [x, np.cos(angles).astype(dtype), np.sin(angles).astype(dtype), _poison(x.shape, dtype)]
+        return [x, np.cos(angles).astype(dtype), np.sin(angles).astype(dtype), _poison(x.shape, out_dtype)]
 
     def expect(a: Arguments) -> Mapping[int, np.ndarray]:
         return {3: reference.rotary_embedding(a[0], a[1], a[2], interleaved)}
 
-    name = f"rotary-{dtype}-{rows}-h{heads}d{head_dim}r{rotary_dim}i{interleaved:d}"
-    return _op(name, "rotary_embedding", dtype, rows, attrs, make, expect)
+    name = f"rotary-{dtype}-{out_dtype}-{rows}-h{heads}d{head_dim}r{rotary_dim}i{interleaved:d}"
+    return _op(name, "rotary_embedding", dtype, rows, attrs, make, expect, _TOLERANCE[out_dtype])
 
 
-def _gated(dtype: str, rows: int | None, features: int, act: str) -> OpCase:
+def _gated(dtype: str, rows: int | None, features: int, act: str, out_dtype: str | None = None) -> OpCase:
+    out_dtype = out_dtype or dtype
+
     def make(rng: np.random.Generator, n: int) -> Arguments:
-        return [*(_normal(rng, (n, features), dtype, 3.0) for _ in range(2)), _poison((n, features), dtype)]
+        return [*(_normal(rng, (n, features), dtype, 3.0) for _ in range(2)), _poison((n, features), out_dtype)]
 
     def expect(a: Arguments) -> Mapping[int, np.ndarray]:
         return {2: reference.gated_act(a[0], a[1], act)}
 
-    name = f"gated-{dtype}-{rows}-f{features}-{act}"
-    return _op(name, "gated_act", dtype, rows, {"features": features, "act": act}, make, expect)
+    name = f"gated-{dtype}-{out_dtype}-{rows}-f{features}-{act}"
+    attrs = {"features": features, "act": act, "out_dtype": out_dtype}
+    return _op(name, "gated_act", dtype, rows, attrs, make, expect, _TOLERANCE[out_dtype])
 
 
 def _experts(
@@ -403,8 +416,10 @@ def mixed_norm_cases() -> list[OpCase]:
 
 def rotary_cases(dtype: str) -> list[OpCase]:
     """Both pairings, full and partial rotary dimension."""
+    other = "float16" if dtype == "float32" else "float32"
     return [
         _rotary(dtype, None, 9, 64, 64, False),
+        _rotary(dtype, 3, 3, 80, 32, False, other),
         _rotary(dtype, 1, 3, 128, 128, False),
         _rotary(dtype, None, 4, 80, 32, False),
         _rotary(dtype, None, 5, 64, 64, True),
@@ -416,7 +431,9 @@ def rotary_cases(dtype: str) -> list[OpCase]:
 def gated_cases(dtype: str) -> list[OpCase]:
     """Every activation, odd widths."""
     acts = sorted(reference.ACTIVATIONS)
-    return [_gated(dtype, rows, f, act) for act, (rows, f) in zip(acts, [(None, 1536), (1, 8960), (3, 33)] * 9)]  # noqa: B905
+    other = "float16" if dtype == "float32" else "float32"
+    same = [_gated(dtype, rows, f, act) for act, (rows, f) in zip(acts, [(None, 1536), (1, 8960), (3, 33)] * 9)]  # noqa: B905
+    return [*same, _gated(dtype, None, 1536, acts[0], other), _gated(dtype, 1, 33, acts[1], other)]
 
 
 def expert_cases(dtype: str) -> list[OpCase]:

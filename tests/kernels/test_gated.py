@@ -40,7 +40,9 @@ def test_cpu_over_the_whole_range(act):
 
 
 @op_runner.needs_gxx
-@pytest.mark.parametrize("op_case", CASES[1:3] + CASES[10:12], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "op_case", [c for c in CASES if c.case.rows == 1 or "f33-" in c.name][::3], ids=lambda c: c.name
+)
 def test_cuda_source_matches_float64(op_case, tmp_path):
     op_runner.check_emulated(op_case, op_case.case.rows, tmp_path)
 

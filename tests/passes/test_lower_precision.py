@@ -35,7 +35,7 @@ def _types(program):
 def test_a_layer(small):
     def body(p, x, _):
         y = D.rms_norm(x, p.norm, 1e-5)
-        return F.linear(x + F.linear(D.gated_act(y, y, "silu"), p.w, p.b), p.w)
+        return F.linear(x + F.linear(D.gated_act(F.linear(y, p.w), F.linear(y, p.w), "silu"), p.w, p.b), p.w)
 
     program = small.program(body, w=SQUARE, b=WEIGHT, norm=WEIGHT)
     record = _lower(program)
@@ -43,15 +43,19 @@ def test_a_layer(small):
         "%0: f16[1, n, 16] = aten.embedding.default(embed, %input_ids)",
         "%1: f32[1, n, 16] = aten._to_copy.default(%0, dtype=torch.float32)",
         "%2: f16[1, n, 16] = gptq_compile.rms_norm.default(%1, norm, 1e-05, out_dtype=torch.float16)",
-        "%3: f16[1, n, 16] = gptq_compile.gated_act.default(%2, %2, 'silu')",
-        "%4: f16[1, n, 16] = aten.linear.default(%3, w, b)",
-        "%5: f32[1, n, 16] = aten._to_copy.default(%4, dtype=torch.float32)",
-        "%6: f32[1, n, 16] = aten.add.Tensor(%1, %5)",
-        "%7: f16[1, n, 16] = aten._to_copy.default(%6, dtype=torch.float16)",
-        "%8: f16[1, n, 16] = aten.linear.default(%7, w)",
+        "%3: f16[1, n, 16] = aten.linear.default(%2, w)",
+        "%4: f32[1, n, 16] = aten._to_copy.default(%3, dtype=torch.float32)",
+        "%5: f16[1, n, 16] = aten.linear.default(%2, w)",
+        "%6: f32[1, n, 16] = aten._to_copy.default(%5, dtype=torch.float32)",
+        "%7: f16[1, n, 16] = gptq_compile.gated_act.default(%4, %6, 'silu', out_dtype=torch.float16)",
+        "%8: f16[1, n, 16] = aten.linear.default(%7, w, b)",
         "%9: f32[1, n, 16] = aten._to_copy.default(%8, dtype=torch.float32)",
-        "%10: f32[1, m, 16] = aten.index_select.default(%9, 1, %logit_rows)",
-        "return %10",
+        "%10: f32[1, n, 16] = aten.add.Tensor(%1, %9)",
+        "%11: f16[1, n, 16] = aten._to_copy.default(%10, dtype=torch.float16)",
+        "%12: f16[1, n, 16] = aten.linear.default(%11, w)",
+        "%13: f32[1, n, 16] = aten._to_copy.default(%12, dtype=torch.float32)",
+        "%14: f32[1, m, 16] = aten.index_select.default(%13, 1, %logit_rows)",
+        "return %14",
     ]
     dtypes = {name: program.params.dtype(name) for name in program.param_nodes}
     assert dtypes == {**dict.fromkeys(("embed", "w", "b"), torch.float16), "norm": torch.float32}
@@ -68,7 +72,7 @@ def test_the_residual_stream_is_never_rounded(small):
     def body(p, x, _):
         for _ in range(4):
             y = D.rms_norm(x, p.norm, 1e-5)
-            x = x + F.linear(D.gated_act(F.linear(y, p.w), y, "silu"), p.w)
+            x = x + F.linear(D.gated_act(F.linear(y, p.w), F.linear(y, p.w), "silu"), p.w)
         return F.linear(D.layer_norm(x, p.norm, p.b, 1e-5), p.w)
 
     program = small.program(body, w=SQUARE, norm=WEIGHT, b=WEIGHT)
@@ -79,9 +83,10 @@ def test_the_residual_stream_is_never_rounded(small):
     assert len(norms) == 5
     assert {n.args[0].meta["val"].dtype for n in norms} == {torch.float32}
     assert {n.meta["val"].dtype for n in norms} == {torch.float16}
-    # The only casts: up after the table and after each update, up to the logits; none between stream and norm.
+    # The only casts: up after the table, after each product (in a layer two into the gate and one into the stream) and
+    # to the logits; none between stream and norm.
     casts = program.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)
-    assert [n.meta["val"].dtype for n in casts] == [torch.float32] * 6
+    assert [n.meta["val"].dtype for n in casts] == [torch.float32] * 14
 
 
 def test_a_float32_stream_is_closer_than_a_half_one(small):
@@ -109,7 +114,7 @@ def test_a_float32_stream_is_closer_than_a_half_one(small):
 
 
 def test_norms_take_and_return_what_is_around_them(small):
-    """Between half ops (normed heads, through movement) half; into the stream, or where readers differ, float32."""
+    """Sums in float32 in (normed heads, through movement), half out to half ops, float32 where readers differ."""
 
     def body(p, x, _):
         heads = D.rms_norm(F.linear(x, p.w).view(1, -1, 4, 4), p.head, 1e-5)
@@ -122,8 +127,8 @@ def test_norms_take_and_return_what_is_around_them(small):
     _lower(program)
     types = [(n.args[0].meta["val"].dtype, n.meta["val"].dtype) for n in _norms(program)]
     half, full = torch.float16, torch.float32
-    assert types == [(half, half), (half, full), (full, full)]
-    assert [n.kwargs for n in _norms(program)] == [{}, {"out_dtype": full}, {}]
+    assert types == [(full, half), (full, full), (full, full)]
+    assert [n.kwargs for n in _norms(program)] == [{"out_dtype": half}, {}, {}]
 
 
 def test_the_stream_launches_nothing_in_a_layer():
@@ -184,15 +189,17 @@ def test_the_reference_runs_in_half(small, half):
     assert half in _types(program).values()
 
 
-def test_rotary_tables_stay_float32_and_heads_are_half(small):
+def test_rotary_takes_float32_sums_and_rounds_once(small):
     def body(p, x, positions):
         angles = positions[:, :, None].float() * p.freq
-        return D.rotary_embedding(x.view(1, -1, 4, 4), angles.cos(), angles.sin(), False).flatten(2)
+        heads = D.rotary_embedding(F.linear(x, p.w).view(1, -1, 4, 4), angles.cos(), angles.sin(), False)
+        return F.linear(heads.flatten(2), p.w)
 
-    program = small.program(body, freq=torch.ones(4))
+    program = small.program(body, freq=torch.ones(4), w=SQUARE)
     _lower(program)
     (rotary,) = program.graph.find_nodes(op="call_function", target=D.rotary_embedding.default)
-    assert [a.meta["val"].dtype for a in rotary.args[:3]] == [torch.float16, torch.float32, torch.float32]
+    assert [a.meta["val"].dtype for a in rotary.args[:3]] == [torch.float32] * 3
+    assert rotary.meta["val"].dtype == torch.float16
     assert program.params.dtype("freq") == torch.float32
 
 
