@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from host_memory import HostPeak
 
 from gptq_compile.frontend.trace import build_model, trace
 from gptq_compile.kernels.target import Target
@@ -45,6 +45,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 50272, "hidden_size": 12288, "ffn_dim": 49152, "num_hidden_layers": 96,
             "num_attention_heads": 96, "max_position_embeddings": 2048, "word_embed_proj_dim": 12288,
             "dtype": "float16",
+        },
+    ),
+    "small": (
+        "llama",
+        {
+            "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "dtype": "bfloat16",
         },
     ),
     "tiny": (
@@ -109,19 +116,21 @@ def main() -> None:
     vocabulary = program.info.vocab_size
     ids = torch.randint(0, vocabulary, (args.samples, args.tokens), generator=torch.Generator().manual_seed(0))
     config = QuantizeConfig(nsamples=args.samples, seqlen=args.tokens, **settings)
-    step = GptqQuantize(config, ids, device)
+    limit = int(args.memory_gb * 1e9) if args.memory_gb else None
+    step = GptqQuantize(config, ids, device, memory_limit=limit)
     if device.type == "cuda":
         if args.memory_gb:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device.index or 0)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
-    step.run(program)
+    with HostPeak() as host:
+        step.run(program)
     if device.type == "cuda":
         torch.cuda.synchronize()
     walk = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host.bytes
     start = time.perf_counter()
     PassManager([PackWeights(Target.parse(args.target), device)], validate=False).run(program)
     packed = 0
@@ -129,10 +138,6 @@ def main() -> None:
         if ".qweight" in name or name.endswith(("scales", "zeros")):
             packed += program.params.get(name).nbytes
     pack = time.perf_counter() - start
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     result = {
         "shape": args.shape,
         "layers": args.layers or SHAPES[args.shape][1]["num_hidden_layers"],
@@ -147,6 +152,8 @@ def main() -> None:
         "pack_seconds": round(pack, 2),
         "packed_gb": round(packed / 1e9, 3),
         "peak_gb": round(peak / 1e9, 3),
+        "planned_peak_gb": round(step.plan.peak / 1e9, 3) if step.plan else None,
+        "plan": dict(step.plan.lines()) if step.plan else {},
         "relative_error": sum(r.error or 0 for r in step.reports) / max(1, len(step.reports)),
         "relative_error_rtn": sum(r.error_rtn or 0 for r in step.reports) / max(1, len(step.reports)),
     }

@@ -110,6 +110,9 @@ def attention(
     result ``[1, n, heads, v_head_dim]``. See :func:`attention_scores` for the other arguments.
     """
     if sinks is None and alibi_slopes is None and softcap == 0 and (window == 0 or window >= q.shape[1]):
+        if q.is_cuda and q.dtype == torch.float32 and k.shape[2] != q.shape[2]:
+            # No float32 kernel on CUDA takes grouped heads; without one all probabilities are made in memory.
+            k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from gptq_compile.errors import CalibrationError
 from gptq_compile.passes import quantize_experts as experts
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq.heap import trim_heap
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.importance import downstream_attention, received_attention, token_weights
 from gptq_compile.passes.gptq.phases import collect, phase
@@ -32,8 +34,9 @@ from gptq_compile.passes.gptq.solver import prepare
 from gptq_compile.passes.gptq.store import SolutionStore
 from gptq_compile.passes.gptq.world import World, current, join
 from gptq_compile.passes.manager import Pass
+from gptq_compile.passes.memory_plan import MemoryPlan, plan_memory
 from gptq_compile.passes.program import Program, where
-from gptq_compile.passes.stage_runner import Batch, Runner, compute_dtype, params_of, sequences_per_call
+from gptq_compile.passes.stage_runner import Batch, Runner, compute_dtype, params_of
 from gptq_compile.passes.stages import (
     Group,
     features_of,
@@ -44,6 +47,8 @@ from gptq_compile.passes.stages import (
     weight_name,
     weights_of,
 )
+
+log = logging.getLogger(__name__)
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
@@ -75,6 +80,7 @@ class GptqQuantize(Pass):
         device: where to compute.
         on_linear: called with the report of each finished linear and (index, total).
         store: keeps finished solves, and knows those of an earlier run, which are taken over as they are.
+        memory_limit: bytes of a GPU that may be used; by default what is free.
 
     Attributes:
         settings: weight name -> settings of its linear, where they are not the common ones.
@@ -90,6 +96,7 @@ class GptqQuantize(Pass):
         device: str | torch.device = "cpu",
         on_linear: Callable[[LinearReport, int, int], None] | None = None,
         store: SolutionStore | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self.config, self.calibration, self.device = config, calibration, torch.device(device)
         self.on_linear, self.store = on_linear, store
@@ -97,6 +104,8 @@ class GptqQuantize(Pass):
         self.settings: dict[str, QuantizeConfig] = {}
         self.seconds: dict[str, float] = {}  # phase -> seconds, after a run
         self.world = World()
+        self.memory_limit = memory_limit
+        self.plan: MemoryPlan | None = None  # of the walk, once it has started
 
     def requires(self, program: Program) -> None:
         if self.config.method == "gptq" and (self.calibration is None or self.calibration.numel() == 0):
@@ -148,11 +157,17 @@ class GptqQuantize(Pass):
         todo = [[g for g in s.groups if not all(n.args[1] in kept for n in g.linears)] for s in stages]
         end = max((i + 1 for i, groups in enumerate(todo) if groups), default=0)  # stages that need activations
         ids = self.calibration[self.world.share(len(self.calibration))]
-        with Runner(program, self.device, compute_dtype(self.config, program, self.device)) as runner:
-            count = sequences_per_call(program, self.device, ids.shape[1]) if end else 1
+        plan = plan_memory(program, self.config, len(ids), ids.shape[1], self.device, self.memory_limit)
+        self.plan = plan
+        for what, where_ in plan.lines():
+            log.info("memory: %s: %s", what, where_)
+        dtype = compute_dtype(self.config, program, self.device)
+        with Runner(program, self.device, dtype, offload=plan.offload) as runner:
+            count = plan.sequences
             weights = self._token_weights(program, runner, runner.batches(ids, count)) if end else None
             batches = runner.batches(ids, count) if end else []
             for index, stage in enumerate(stages):
+                trim_heap(self.device)
                 sources = [n for g in stage.groups for n in g.reads]
                 later = [n for s in stages[index + 1 : end] for n in s.nodes]
                 later += [] if stage.rerun else own_linears(stage)
@@ -179,6 +194,7 @@ class GptqQuantize(Pass):
                         del values
                     del loaded
                 for group in stage.groups:
+                    trim_heap(self.device)
                     self._solve(program, runner, group, hessians.pop(group.linears[0], None), kept, solutions)
                 if stage.rerun and index + 1 < end:
                     mine = [w for w in weights_of(stage.nodes) if w in solutions]

@@ -96,11 +96,20 @@ def _finite(matrix: Tensor) -> bool:
     return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(step))
 
 
+def _ordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in another order; a few rows at a time, as indexing by pairs would make K^2 indices on a GPU."""
+    result = torch.empty_like(matrix)
+    step = max(1, (1 << 26) // max(1, matrix.shape[1]))
+    for rows, into in zip(order.split(step), result.split(step), strict=True):
+        torch.index_select(matrix.index_select(0, rows), 1, order, out=into)
+    return result
+
+
 def _ladder(h: Tensor, damp: float, order: Tensor | None) -> tuple[Tensor | None, float, str | None]:
     upper = _inverse_factor(h, damp, order)
     if upper is not None:
         return upper, damp, None
-    h = h.double() if order is None else h[order.unsqueeze(1), order].double()
+    h = h.double() if order is None else _ordered(h, order).double()
     upper = _inverse_factor(h, damp)
     if upper is not None:
         return upper, damp, "ill-conditioned: factored in float64"
@@ -130,7 +139,7 @@ def _inverse_factor(h: Tensor, damp: float, order: Tensor | None = None) -> Tens
     With J the reversal of rows or columns and J h J = L L^T, h^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper:
     one Cholesky and one triangular inverse instead of Cholesky, inverse, Cholesky.
     """
-    flipped = h.flip(0, 1) if order is None else h[order.flip(0).unsqueeze(1), order.flip(0)]
+    flipped = h.flip(0, 1) if order is None else _ordered(h, order.flip(0))
     flipped.diagonal().add_(damp)
     diag = flipped.diagonal().clone()
     if h.is_cuda and h.shape[0] > HUGE:
@@ -144,10 +153,11 @@ def _inverse_factor(h: Tensor, damp: float, order: Tensor | None = None) -> Tens
     if int(info) != 0 or not math.isfinite(smallest) or smallest < 16 * torch.finfo(h.dtype).eps:
         return None
     if h.is_cuda and h.shape[0] > LARGE:
-        inverse = invert_lower_(lower.contiguous())
+        lower = invert_lower_(lower.contiguous())
     else:
         identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        lower = torch.linalg.solve_triangular(lower, identity, upper=False)
+        del identity
     # LAPACK and cuSOLVER hand back columns; the column loop reads rows.
-    upper = inverse.flip(0, 1).float().contiguous()
+    upper = lower.flip(0, 1).float().contiguous()
     return upper if _finite(upper) else None

@@ -21,7 +21,7 @@ _CONSTANT = 1e-5  # columns that vary less, relative to their size, count as con
 
 _HALF_PEAK = 60000.0  # largest weighted activation that float16 still holds
 
-_GATHER = 16384  # tokens of one product on a GPU: fewer would spend the time on reading and writing the sums
+GATHER = 16384  # tokens of one product on a GPU: fewer would spend the time on reading and writing the sums
 
 _BLOCK = 1792  # smallest width of a block of columns that keeps a GPU busy
 
@@ -56,7 +56,7 @@ class Hessian:
         device: torch.device | str = "cpu",
         name: str = "activation",
         drop_bad: bool = False,
-        gather: int = _GATHER,
+        gather: int = GATHER,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise CalibrationError(f"The Hessian of {name} was asked to sum in {dtype}; use float32 or float64.")

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's peak against the memory that a walk really takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.host_memory import HostPeak
+from gptq_compile.frontend.trace import trace
+from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq_quantize import GptqQuantize
+from gptq_compile.passes.manager import PassManager
+from gptq_compile.passes.memory_plan import plan_memory
+from gptq_compile.passes.pipeline import trace_passes
+from gptq_compile.passes.program import Program
+from tests.architectures import CONFIGS, param_store, tiny_config, tiny_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def llama(**sizes: int) -> Program:
+    config = tiny_config("llama")
+    config.update(sizes)
+    program = trace(config, param_store(type(tiny_model("llama"))(config)))
+    PassManager(trace_passes(), validate=False).run(program)
+    return program
+
+
+def config(**settings) -> QuantizeConfig:
+    return QuantizeConfig(**{"group_size": 32, "mse": False, **settings})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sequences", "weighting"), [(20, "none"), (60, "attention")])
+def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) -> None:
+    program = llama(hidden_size=512, intermediate_size=3072, num_hidden_layers=1, max_position_embeddings=1024)
+    settings = config(token_weighting=weighting)
+    ids = torch.randint(0, 250, (sequences, 512), generator=torch.Generator().manual_seed(0))
+    GptqQuantize(settings, ids[:1]).run(program.clone())  # libraries take what they keep
+    step = GptqQuantize(settings, ids)
+    with HostPeak() as peak:
+        step.run(program)
+    assert step.plan is not None
+    assert peak.bytes == pytest.approx(step.plan.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "mixtral", "gpt2"])
+def test_a_plan_is_made_for_every_kind_of_model(architecture: str) -> None:
+    assert architecture in CONFIGS
+    program = trace(tiny_config(architecture), param_store(tiny_model(architecture)))
+    PassManager(trace_passes(), validate=False).run(program)
+    for sequential in ("true", "block"):
+        plan = plan_memory(program, config(sequential=sequential), 8, 64, CPU)
+        assert plan.peak >= plan.activations > 0 and plan.peak >= plan.hessian > 0
+        assert plan.peak == max(plan.phases.values()) and plan.host == plan.peak and not plan.offload
+        assert "peak" in dict(plan.lines())
+    longer = plan_memory(program, config(), 16, 64, CPU)
+    assert longer.activations == 2 * plan_memory(program, config(), 8, 64, CPU).activations
+
+
+def test_activations_leave_a_gpu_that_is_too_small() -> None:
+    program = llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, max_position_embeddings=1024)
+    roomy = plan_memory(program, config(), 64, 512, CUDA, limit=10**12)
+    assert not roomy.offload and roomy.host == roomy.solutions
+    tight = plan_memory(program, config(), 64, 512, CUDA, limit=roomy.peak - 1)
+    assert tight.offload and tight.peak < roomy.peak
+    assert tight.host == tight.solutions + tight.activations
+    assert "pinned" in dict(tight.lines())["activations"]
