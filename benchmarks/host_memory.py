@@ -8,6 +8,10 @@ import os
 import threading
 from pathlib import Path
 
+import torch
+
+from gptq_compile.passes.gptq.heap import trim_heap
+
 _PAUSE = 0.003
 
 
@@ -16,6 +20,7 @@ class HostPeak:
 
     def __enter__(self) -> HostPeak:
         gc.collect()
+        trim_heap(torch.device("cpu"))  # or what was freed before would be counted as held, and used again
         self._done = threading.Event()
         self._start = self._most = _anonymous()
         self._thread = threading.Thread(target=self._look, daemon=True)
