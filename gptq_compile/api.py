@@ -27,6 +27,7 @@ from gptq_compile.options import CompileOptions
 from gptq_compile.passes.budget import BudgetedQuantize, Footprint, stored_bits
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
+from gptq_compile.passes.memory_plan import plan_memory
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.quantize_experts import matrix_shape
@@ -186,6 +187,10 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         with clock("quantize"):
             if work.solutions:
                 progress.note(f"{len(work.solutions)} linears were finished by an earlier run and are taken over.")
+            if options.quantize.method == "gptq" and calibration is not None:
+                count, tokens = calibration.shape
+                memory = plan_memory(program, options.quantize, count, tokens, torch.device(options.resolved_device))
+                progress.note("memory: " + "; ".join(f"{what} {kept}" for what, kept in memory.lines()))
             quantize = _quantizer(options, calibration, progress, work)
             manager.run([quantize], program)
         if options.dequantized is not None:
