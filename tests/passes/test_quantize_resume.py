@@ -90,6 +90,20 @@ def test_interrupted_at_any_solve_ends_with_the_same_codes(
         assert len(store.kept) == solves
 
 
+def test_experts_go_on_too() -> None:
+    program = trace(tiny_config("qwen3_moe"), param_store(tiny_model("qwen3_moe")))
+    PassManager(trace_passes(), validate=False).run(program)
+    whole = Store()
+    expected, reports = quantize(program, whole, "true")
+    assert any("experts" in name for name in expected)
+    for limit in (0, 2, 3, len(whole.kept)):
+        store = Store()
+        store.kept = whole.kept[:limit]
+        got, got_reports = quantize(program, store, "true")
+        assert got_reports == reports and len(store.kept) == len(whole.kept)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("sequential", ["true", "block"])
 def test_a_lost_solve_in_the_middle_is_done_again(traced: Program, sequential: str) -> None:
     store = Store()

@@ -21,12 +21,12 @@ TEXT = "the quick brown fox jumps over the lazy dog; " * 12
 @pytest.fixture(scope="module")
 def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a calibration text and the work of a run that Ctrl-C ended in the third solve."""
-    from gptq_compile.passes import gptq_quantize
+    from gptq_compile.passes.gptq import world
 
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(tiny_model, folder / "model")
     (folder / "text.txt").write_text(TEXT)
-    solve, count = gptq_quantize.solve, 0
+    solve, count = world.solve, 0
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -36,7 +36,7 @@ def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         return solve(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq_quantize, "solve", stop)
+        patch.setattr(world, "solve", stop)
         assert main(command(folder)) == 130
     return folder
 
