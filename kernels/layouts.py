@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed weight layouts of ``quant_linear``: which tensors a kernel takes, and exact pack and unpack.
 
-Every kernel of a target accepts the one layout that `layout_for` names. The tensors, in the order the kernels take
-them after ``x``, are ``qweight`` (u32 words, see `words`), ``scales`` (float16) and, for cases with zero points,
+`layout_for` names the one layout of a case; a kernel refuses cases of another one. The tensors, in the order the
+kernels take them after ``x``, are ``qweight`` (u32 words), ``scales`` (float16) and, for cases with zero points,
 ``zeros`` (u8). W[n, k] = scales[n, k // g] * (code[n, k] - zeros[n, k // g]); without zeros the zero point is
 2**(bits - 1).
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptq_compile.errors import ConfigError
+from gptq_compile.kernels import fragments
 from gptq_compile.kernels.registry import Case
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping, decode_rows, encode_rows
@@ -111,7 +112,7 @@ class LaneInterleaved:
 
 @dataclass(frozen=True)
 class RowWords:
-    """CUDA layout: the words of a row are contiguous and rows start on 16 bytes.
+    """CUDA layout of shapes that `FragmentTiles` does not fit: rows of contiguous words, each on 16 bytes.
 
     ``qweight`` u32 [N, row_words rounded up to 4], ``scales`` float16 and ``zeros`` u8 [N, groups].
     """
@@ -157,12 +158,60 @@ class RowWords:
         return tensors["scales"].astype(np.float32), zeros
 
 
+@dataclass(frozen=True)
+class FragmentTiles:
+    """CUDA layout of whole tiles: 16 rows x 64 k in the order tensor cores take them (see `fragments`).
+
+    ``qweight`` u32 [ceil(N/16), ceil(K/64), 32 * bits], ``scales`` float16 and ``zeros`` u8 [ceil(N/16), groups, 8, 2],
+    where [..., g, h] belongs to row g + 8h of the tile. Rows beyond N have code, scale and zero point 0.
+    """
+
+    name: str = "fragment_tiles"
+
+    def tensors(self, case: Case) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns shape and dtype of every packed tensor, in the kernels' argument order."""
+        grouping = grouping_of(case)
+        tiles = -(-case["out_features"] // fragments.TILE_ROWS)
+        words = fragments.LANES * grouping.bits
+        result: dict[str, tuple[tuple[int, ...], str]] = {
+            "qweight": ((tiles, fragments.chunks(grouping.in_features), words), "uint32"),
+            "scales": ((tiles, grouping.groups, 8, 2), "float16"),
+        }
+        if case["has_zeros"]:
+            result["zeros"] = ((tiles, grouping.groups, 8, 2), "uint8")
+        return result
+
+    def pack(
+        self, case: Case, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Packs codes u8 [N, K], scales [N, G] (exact in float16) and zeros u8 [N, G] or None.
+
+        Raises:
+            ConfigError: if a shape, dtype or value does not fit the case.
+        """
+        half = _checked(case, codes, scales, zeros)
+        result = {"qweight": fragments.encode(case["bits"], codes), "scales": fragments.encode_grid(half)}
+        if zeros is not None:
+            result["zeros"] = fragments.encode_grid(zeros)
+        return result
+
+    def unpack(self, case: Case, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the codes u8 [N, K] that `pack` was given."""
+        return fragments.decode(case["bits"], tensors["qweight"], case["out_features"], case["in_features"])
+
+    def unpack_grid(self, case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns scales f32 [N, G] and zeros u8 [N, G] or None, as `pack` was given them."""
+        rows = case["out_features"]
+        zeros = fragments.decode_grid(tensors["zeros"], rows) if case["has_zeros"] else None
+        return fragments.decode_grid(tensors["scales"], rows).astype(np.float32), zeros
+
+
 def slab_case(case: Case) -> Case:
     """The ``quant_linear`` case as which all experts of a ``quant_expert_linear`` are packed: one below the other.
 
     Each has its out_features rounded up to whole tiles, so that expert e starts at row ``e * padded_rows(case)``.
     """
-    attrs = {name: case[name] for name in ("bits", "group_size", "in_features", "has_zeros")}
+    attrs = {name: case[name] for name in ("bits", "group_size", "in_features", "has_zeros", "experts")}
     rows = int(case["experts"]) * padded_rows(case)
     return Case.make("quant_linear", case.dtype, None, out_features=rows, has_bias=False, **attrs)
 
@@ -172,7 +221,7 @@ def padded_rows(case: Case) -> int:
     return -(-int(case["out_features"]) // LANES) * LANES
 
 
-Layout = LaneInterleaved | RowWords
+Layout = LaneInterleaved | RowWords | FragmentTiles
 
 
 def layout_for(case: Case, target: Target) -> Layout:
@@ -183,7 +232,11 @@ def layout_for(case: Case, target: Target) -> Layout:
     """
     if case.op != "quant_linear":
         raise ConfigError(f"Only quant_linear has a packed layout, not {case.op}.")
-    return LaneInterleaved() if target.kind == "cpu" else RowWords()
+    if target.kind == "cpu":
+        return LaneInterleaved()
+    # The kernel of experts reads rows.
+    rows = case.get("experts") is not None or fragments.why_not(grouping_of(case)) is not None
+    return RowWords() if rows else FragmentTiles()
 
 
 def by_name(name: str) -> Layout:
@@ -192,7 +245,7 @@ def by_name(name: str) -> Layout:
     Raises:
         ConfigError: if there is none.
     """
-    for layout in (LaneInterleaved(), RowWords()):
+    for layout in (LaneInterleaved(), RowWords(), FragmentTiles()):
         if layout.name == name:
             return layout
     raise ConfigError(f"There is no packed layout called {name!r}.")

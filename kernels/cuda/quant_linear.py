@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized linear layers on CUDA, over the `RowWords` layout.
+"""Quantized linear layers on CUDA.
 
-Fast to slow: tensor cores for at most 8 rows, tensor cores for any number of rows (see `mma_linear`), and a plain
-kernel for what those refuse (float32 activations, groups that do not end on a word): a warp per weight row, lanes over
-blocks of codes, float32 sums.
+Over `FragmentTiles`, fast to slow: a stream of the weights for at most 16 rows (`stream`), tensor cores for any number
+of rows (`prefill`), and a plain kernel for float32 activations. Over `RowWords`, the layout of the shapes that do not
+fit in tiles: tensor cores (`mma_linear`) for at most 8 and for any number of rows, and a plain kernel for what those
+refuse: a warp per weight row, lanes over blocks of codes, float32 sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from gptq_compile.kernels.cuda import mma_linear
+from gptq_compile.kernels import fragments
+from gptq_compile.kernels.cuda import mma_linear, tile_linear
 from gptq_compile.kernels.cuda.warp import warp_sum
 from gptq_compile.kernels.layouts import grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
@@ -25,7 +28,8 @@ FLOATS = ("float32", "float16")
 Expr = Any
 
 
-def _accepts_plain(case: Case, target: Target) -> Refusal | None:
+def _accepts(case: Case, target: Target) -> Refusal | None:
+    """Refuses what no kernel of this file implements."""
     for what, dtype in (("activations", case.dtype), ("outputs", case.get("out_dtype", case.dtype))):
         if dtype not in FLOATS:
             return Refusal(f"needs float32 or float16 {what}, not {dtype}")
@@ -34,6 +38,13 @@ def _accepts_plain(case: Case, target: Target) -> Refusal | None:
     except ValueError as error:
         return Refusal(str(error))
     return None
+
+
+def _accepts_plain(case: Case, target: Target) -> Refusal | None:
+    refusal = _accepts(case, target)
+    if refusal is None and fragments.why_not(grouping_of(case)) is None:
+        refusal = Refusal("is for weights whose shape does not fit in tiles")
+    return refusal
 
 
 def _accepts_tiles(case: Case, target: Target) -> Refusal | None:
@@ -142,7 +153,15 @@ def finish(w: mma_linear.Weights, p: mma_linear.Problem, sums: Any, row: Expr, t
             store(p.out, (token, row), ir.cast(value, p.out_dtype))
 
 
+def _first(accepts: Callable[[Case, Target], Refusal | None]) -> Callable[[Case, Target], Refusal | None]:
+    """Returns `accepts` after the checks that all kernels share."""
+    return lambda case, target: _accepts(case, target) or accepts(case, target)
+
+
 KERNELS = (
+    Kernel("cuda.quant_linear.stream", "quant_linear", _first(tile_linear.accepts_stream), tile_linear.build_stream),
+    Kernel("cuda.quant_linear.prefill", "quant_linear", _first(tile_linear.accepts_prefill), tile_linear.build_prefill),
+    Kernel("cuda.quant_linear.plain_tiles", "quant_linear", _first(tile_linear.accepts_plain), tile_linear.build_plain),
     Kernel("cuda.quant_linear.decode_mma", "quant_linear", _accepts_decode, _decode),
     Kernel("cuda.quant_linear.tiles_mma", "quant_linear", _accepts_tiles, _tiles),
     Kernel("cuda.quant_linear.plain", "quant_linear", _accepts_plain, _plain),

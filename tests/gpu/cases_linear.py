@@ -129,6 +129,10 @@ def cases() -> list[KernelCase]:
         # Large enough for --benchmark to mean something.
         found += [_quant(bits, 128, 4096, 4096, 1, True), _quant(bits, 128, 4096, 4096, 512, False)]
         found += [_quant(bits, 128, 2048, 2304, rows, False) for rows in (5, 200)]
+        # Several tiles per block and warp in turn, two tiles a warp with an odd one out, one scale per row.
+        found += [_quant(bits, 128, 512, 34100, 1, True), _quant(bits, -1, 1032, 18000, 16, True)]
+        found += [_quant(bits, 96, 1160, 4097, rows, True) for rows in (1, 3, 16)]
+        found += [_quant(bits, 128, 14336, 4096, rows, True) for rows in (1, 4)]
         found += [_quant(bits, 7, 50, 19, 3, static) for static in (True, False)]
         found += [_quant(bits, 1, 33, 9, 1, True), _quant(bits, 128, 256, 65, 17, False, "float32")]
     for k, n, has_bias in ((576, 49153, False), (72, 37, True), (45, 33, True)):

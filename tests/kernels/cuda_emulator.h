@@ -14,7 +14,7 @@
 #include <vector>
 
 struct Dim { unsigned x, y, z; };
-static Dim threadIdx, blockIdx;
+static Dim threadIdx, blockIdx, gridDim;
 static int emu_threads;
 static std::vector<ucontext_t> emu_fibers;
 static std::vector<char> emu_done;
@@ -69,7 +69,7 @@ template <typename T> struct emu_span {
   Element operator[](int64_t i) const { return {*this + i}; }
 };
 template <typename T, int N> struct emu_array {
-  T values[N];
+  alignas(16) T values[N];
   emu_array() { memset((void*)values, 0xff, sizeof values); }
   emu_span<T> operator+(int64_t i) { return {values + i, values, values + N}; }
   typename emu_span<T>::Element operator[](int64_t i) { return {*this + i}; }
@@ -89,7 +89,10 @@ template <typename T, int N> struct emu_shared : emu_array<T, N> {
 
 typedef _Float16 half;
 struct half2 { half x, y; };
-struct uint2 { unsigned x, y; };
+struct __attribute__((aligned(8))) uint2 { unsigned x, y; };
+struct float2 { float x, y; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float __half2float(half v) { return v; }
 struct __attribute__((aligned(16))) uint4 { unsigned x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static std::vector<std::pair<const char*, size_t>> emu_tensors;
@@ -150,15 +153,51 @@ static void emu_mma(emu_span<float> d, unsigned a0, unsigned a1, unsigned a2, un
   emu_warp_wait();
 }
 
+// What tile_source.PTX says in assembly. Asynchronous copies: the target is poisoned at once and written at the wait.
+#define GQ_PTX
+struct emu_copy { void* to; uint4 value; };
+static std::vector<std::vector<emu_copy>> emu_copies[1024];  // per thread, one list per group; the last is open
+static void emu_wait_copies(int pending) {
+  auto& groups = emu_copies[emu_current];
+  while (int(groups.size()) > pending + 1) {
+    for (auto& copy : groups.front()) memcpy(copy.to, &copy.value, 16);
+    groups.erase(groups.begin());
+  }
+}
+static void gq_copy16(void* to, const void* from) {
+  if (uintptr_t(to) % 16) emu_fail("an asynchronous copy is misaligned in shared memory");
+  auto& groups = emu_copies[emu_current];
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, emu_read(reinterpret_cast<const uint4*>(from))});
+  memset(to, 0xff, 16);
+}
+static void gq_commit() {
+  auto& groups = emu_copies[emu_current];
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+template <int pending> static void gq_wait() { emu_wait_copies(pending); }
+static void __syncwarp() { emu_warp_wait(); }
+static long emu_arrived_named[16], emu_generation_named[16];
+static void gq_barrier(int id, int threads) { emu_wait(emu_arrived_named[id], emu_generation_named[id], threads); }
+static uint4 gq_read16(const void* p) { return emu_read(reinterpret_cast<const uint4*>(p)); }
+static void gq_mma4(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+  emu_mma({d, d, d + 4}, a[0], a[1], a[2], a[3], b0, b1);
+}
+
 static void (*emu_body)();
 static void emu_entry() {
   emu_body();
+  for (auto& group : emu_copies[emu_current])
+    if (!group.empty()) emu_fail("a thread ends before its copies");
+  emu_copies[emu_current].clear();
   emu_done[emu_current] = 1;
   swapcontext(&emu_fibers[emu_current], &emu_main);
 }
 static void emu_launch(Dim grid, int threads, void (*body)()) {
   const size_t stack = 64 << 10;
   emu_threads = threads;
+  gridDim = grid;
   emu_body = body;
   std::vector<char> stacks(stack * threads);
   std::vector<int> order(threads);

@@ -2,8 +2,8 @@
 """Runs the CUDA source that TVM generates for a PrimFunc on the CPU, so that numerics are tested without a GPU.
 
 The source is compiled by g++ after `cuda_emulator.h`, in which threads are fibers and warp-wide instructions are
-barriers; the one piece of inline assembly, mma.sync, is replaced by its definition. Arrays in registers and shared
-memory become checked ones (`emu_array`), since a CPU forgives what nvcc takes as undefined.
+barriers; inline assembly is replaced by its definition: mma.sync, and the block of `tile_source.PTX`. Arrays in
+registers and shared memory become checked ones (`emu_array`), since a CPU forgives what nvcc takes as undefined.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from gptq_compile.kernels.tvm_env import tvm
 _CALLBACK = "tvm_callback_cuda_compile"
 _LOCAL_ARRAY = re.compile(r"^( *)(__shared__ )?alignas\(\d+\) (\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
 _REGISTER_PARAMETER = re.compile(r"\b((?:const )?(?:unsigned|float))\* (\w+)(?=[,)])")
+_TILES = re.compile(r"^#ifndef GQ_PTX.*?(?=^extern \"C\")", re.DOTALL | re.MULTILINE)
+_PTX = re.compile(r"^#ifndef GQ_PTX.*?^#endif\n", re.DOTALL | re.MULTILINE)
+_DYNAMIC_ARRAY = re.compile(r"^ *extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];$", re.MULTILINE)
+_DYNAMIC_BYTES = re.compile(r'alloc_buffer\(\((\d+),\), "uint8", scope="shared.dyn"\)')
 _ASSEMBLY = re.compile(r"asm volatile\(\s*\"mma\.sync\.aligned\.m16n8k16.*?\);", re.DOTALL)
 
 
@@ -70,12 +74,18 @@ def _checked_array(declaration: re.Match[str]) -> str:
 def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, folder: Path) -> None:
     """Runs a PrimFunc's kernel on arrays named like its parameters; outputs are written in place."""
     source = cuda_source(func, target)
+    tiles = "".join(_PTX.sub("", text) for text in _TILES.findall(source))
+    source = _TILES.sub("", source)
     helpers = "".join(re.findall(r"^__device__ __forceinline__ .*?^}\n", source, re.DOTALL | re.MULTILINE))
     kernel = source[source.rindex('extern "C" __global__') :]
     kernel = _LOCAL_ARRAY.sub(_checked_array, kernel)
+    dynamic = _DYNAMIC_BYTES.search(func.script())
+    if dynamic:
+        array = rf"static emu_shared<\1, {dynamic[1]}> \2_array; auto* \2 = \2_array.values;"
+        kernel = _DYNAMIC_ARRAY.sub(array, kernel)
     assert "__shared__" not in kernel and "alignas" not in kernel
     helpers = _REGISTER_PARAMETER.sub(r"emu_span<\1> \2", helpers)
-    text = _ASSEMBLY.sub("emu_mma(d, a0, a1, a2, a3, b0, b1);", helpers + kernel)
+    text = tiles + _ASSEMBLY.sub("emu_mma(d, a0, a1, a2, a3, b0, b1);", helpers + kernel)
     assert "asm" not in text
     name, parameters = re.search(r"(\w+_kernel)\(([^)]*)\)", kernel).groups()
     arguments, values, sizes = [], [], []
@@ -114,7 +124,8 @@ extern "C" const char* emu_run(void** arguments, const size_t* sizes) {{
         f"-I{Path(__file__).parent}",
         "-fno-strict-aliasing",
         # A shift by 32 is 0 on a GPU and a shift by 0 here: stop instead.
-        "-fsanitize=shift",
+        # Nor is there anything beyond a register array.
+        "-fsanitize=shift,bounds",
         "-fsanitize-undefined-trap-on-error",
     ]
     subprocess.run([*command, "-o", str(library), str(code)], check=True)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cuda_emulator
 
-from gptq_compile.kernels.cuda import linear, mma_linear, quant_linear, warp
+from gptq_compile.kernels.cuda import linear, mma_linear, quant_linear, stream, warp
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.script import Function, local, script, store
@@ -60,16 +60,23 @@ def _run_quant(case: Case, rows: int, folder: Path) -> tuple[float, str]:
 @pytest.mark.parametrize(
     ("bits", "group", "k", "n", "rows", "static", "kernel"),
     [
-        (2, 32, 160, 37, 3, True, "decode_mma"),
-        (3, 32, 2080, 16, 1, True, "decode_mma"),
+        (2, 16, 160, 37, 3, True, "decode_mma"),
         (3, -1, 75, 21, 2, True, "decode_mma"),
-        (4, 64, 1088, 18, 8, True, "decode_mma"),
         (8, 40, 130, 19, 5, True, "decode_mma"),
         (2, 16, 130, 19, 17, False, "tiles_mma"),
-        (3, 64, 200, 5, 67, False, "tiles_mma"),
         (8, 24, 72, 33, 9, True, "tiles_mma"),
-        pytest.param(4, 128, 256, 2065, 1, False, "tiles_mma", marks=pytest.mark.slow),
+        pytest.param(4, 8, 256, 2065, 1, False, "tiles_mma", marks=pytest.mark.slow),
         (3, 7, 50, 5, 6, False, "plain"),
+        (4, 128, 256, 37, 1, True, "stream"),
+        (4, 64, 1088, 18, 8, True, "stream"),
+        (3, 32, 160, 37, 9, True, "stream"),
+        (2, 96, 264, 33, 16, True, "stream"),
+        (8, -1, 136, 19, 5, True, "stream"),
+        (4, 128, 576, 40, 17, True, "prefill"),
+        (3, 32, 160, 37, 70, False, "prefill"),
+        (2, 64, 200, 21, 1, False, "prefill"),
+        (8, -1, 136, 19, 5, False, "prefill"),
+        pytest.param(4, 128, 256, 2065, 3, False, "prefill", marks=pytest.mark.slow),
     ],
 )
 def test_quant_linear_matches_float64(bits, group, k, n, rows, static, kernel, tmp_path):
@@ -80,10 +87,35 @@ def test_quant_linear_matches_float64(bits, group, k, n, rows, static, kernel, t
 
 
 @needs_gxx
-def test_float32_activations_take_the_plain_kernel(tmp_path):
-    error, name = _run_quant(_quant_case(4, 100, 130, 9, 2, "float32"), 2, tmp_path)
-    assert name == "cuda.quant_linear.plain"
-    assert error < 1e-6
+@pytest.mark.parametrize(("bits", "group", "rows"), [(2, 64, 1), (3, 32, 3), (4, 128, 2), (8, -1, 1)])
+def test_a_block_takes_tile_after_tile(bits, group, rows, tmp_path, monkeypatch):
+    # One block for 19 tiles: four or eight pairs of them side by side, several rounds, and an odd tile at the end.
+    monkeypatch.setattr(stream, "BLOCKS", 1)
+    case = _quant_case(bits, group, 328, 297, rows)
+    config = stream.choose(stream.Shape(rows, 297, Grouping.of(bits, 328, group), True), CUDA.archs)
+    assert config is not None and 10 > config.tiles >= 4 and config.height == (1 if bits == 8 else 2)
+    error, name = _run_quant(case, rows, tmp_path)
+    assert name == "cuda.quant_linear.stream"
+    assert error < 1e-3
+
+
+@needs_gxx
+def test_codes_meet_activations_exactly(tmp_path):
+    # Whole scales, and activations with few bits: every product and sum is exact in float32, so the result is.
+    case = Case.make(
+        "quant_linear", "float16", 2, in_features=256, out_features=20, bits=4, group_size=128, has_zeros=True,
+        has_bias=False, out_dtype="float32",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    codes, zeros = rng.integers(0, 16, (20, 256), dtype=np.uint8), rng.integers(0, 16, (20, 2), dtype=np.uint8)
+    scales = rng.integers(1, 2000, (20, 2)).astype(np.float32) / np.float32(2048)
+    x, out = rng.integers(-9, 10, (2, 256)).astype(np.float16), np.full((2, 20), np.nan, np.float32)
+    tensors = {"x": x, "out": out, **layout_for(case, CUDA).pack(case, codes, scales, zeros)}
+    for kernel in quant_linear.KERNELS[:2]:
+        out[:] = np.nan
+        cuda_emulator.run(kernel.prim_func(case, CUDA), CUDA, tensors, 2, tmp_path / kernel.name)
+        weight = np.repeat(scales, 128, 1) * (codes.astype(np.float32) - np.repeat(zeros, 128, 1))
+        np.testing.assert_array_equal(out, x.astype(np.float64) @ weight.astype(np.float64).T)
 
 
 @needs_gxx
@@ -126,7 +158,7 @@ def test_registers_filled_by_a_function_keep_their_size(whole, tmp_path):
 
 
 def test_staged_activations_keep_their_padding():
-    case = _quant_case(4, 32, 128, 16, None)
+    case = _quant_case(4, 8, 128, 16, None)
     func = select(case, CUDA, quant_linear.KERNELS).kernel.prim_func(case, CUDA)
     words = int(re.search(r"__shared__ alignas\(\d+\) uint \w+\[(\d+)\]", cuda_emulator.cuda_source(func, CUDA))[1])
     used = mma_linear.TILE_CODES // 2
@@ -134,18 +166,23 @@ def test_staged_activations_keep_their_padding():
 
 
 @needs_nvcc
-def test_nvcc_makes_machine_code_without_spills(tmp_path):
-    case = _quant_case(3, 128, 4096, 4096, 1)
-    func = select(case, CUDA, quant_linear.KERNELS).kernel.prim_func(case, CUDA)
-    assert _spill_free(cuda_emulator.cuda_source(func, CUDA), 90, tmp_path)
+@pytest.mark.parametrize(("group", "name"), [(128, "stream"), (8, "decode_mma")])
+def test_nvcc_makes_machine_code_without_spills(group, name, tmp_path):
+    case = _quant_case(4, group, 4096, 4096, 1)
+    kernel = select(case, CUDA, quant_linear.KERNELS).kernel
+    assert kernel.name == f"cuda.quant_linear.{name}"
+    assert _spill_free(cuda_emulator.cuda_source(kernel.prim_func(case, CUDA), CUDA), 90, tmp_path)
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", (80, 90))
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
-def test_nvcc_makes_tiles_without_spills(bits, arch, tmp_path):
-    case = _quant_case(bits, 32, 4096, 4096, None)
+@pytest.mark.parametrize(("group", "rows"), [(16, None), (128, None), (32, None), (128, 1), (32, 8), (128, 16)])
+def test_nvcc_makes_tiles_without_spills(bits, arch, group, rows, tmp_path):
+    if bits == 3 and group == 16:
+        pytest.skip("3-bit rows are packed 32 codes at a time")
+    case = _quant_case(bits, group, 4096, 4096, rows)
     func = select(case, CUDA, quant_linear.KERNELS).kernel.prim_func(case, CUDA)
     assert _spill_free(cuda_emulator.cuda_source(func, CUDA), arch, tmp_path)
 
@@ -163,9 +200,34 @@ def _spill_free(source: str, arch: int, folder: Path) -> bool:
 def test_refusals_are_words():
     case = _quant_case(4, 20, 100, 8, 1)
     reasons = dict(select(case, CUDA, quant_linear.KERNELS).refused)
+    tiles = "is for whole tiles and needs in_features to be a multiple of 8, not 100"
     assert reasons == {
+        **dict.fromkeys([f"cuda.quant_linear.{name}" for name in ("stream", "prefill", "plain_tiles")], tiles),
         "cuda.quant_linear.decode_mma": "needs groups of whole units of 8 codes, not 20",
         "cuda.quant_linear.tiles_mma": "needs groups of whole units of 8 codes, not 20",
     }
-    reasons = dict(select(_quant_case(4, 32, 64, 8, 9), CUDA, quant_linear.KERNELS).refused)
-    assert reasons == {"cuda.quant_linear.decode_mma": "is for 1 to 8 rows known at compile time, not 9"}
+    reasons = dict(select(_quant_case(4, 16, 64, 8, 9), CUDA, quant_linear.KERNELS).refused)
+    assert reasons["cuda.quant_linear.decode_mma"] == "is for 1 to 8 rows known at compile time, not 9"
+    assert reasons["cuda.quant_linear.prefill"] == (
+        "is for whole tiles and needs groups of a multiple of 32 codes, not 16"
+    )
+    reasons = dict(select(_quant_case(4, 32, 64, 8, None), CUDA, quant_linear.KERNELS).refused)
+    assert reasons == {"cuda.quant_linear.stream": "is for 1 to 16 rows known at compile time, not symbolic"}
+    reasons = dict(select(_quant_case(4, 128, 14336, 4096, 16), CUDA, quant_linear.KERNELS).refused)
+    assert reasons == {"cuda.quant_linear.stream": "16 rows of 14336 do not fit in shared memory beside the weights"}
+
+
+@pytest.mark.parametrize("archs", [("sm_90",), ("sm_80", "sm_89", "sm_90"), ("sm_80",)])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize(("k", "n"), [(4096, 28672), (14336, 4096), (576, 192), (64, 16), (49152, 12288)])
+def test_divisions_fit_in_shared_memory(k, n, rows, archs):
+    limit = min({"sm_80": 163, "sm_89": 99, "sm_90": 227}[arch] for arch in archs) * 1024
+    for bits in (2, 3, 4, 8):
+        shape = stream.Shape(rows, n, Grouping.of(bits, k, 128), False)
+        config = stream.choose(shape, archs)
+        if config is None:
+            assert rows * k * 2 > limit // 4
+        else:
+            assert stream.shared_bytes(shape, config) < limit
+            assert config.depth >= 2 and config.splits <= shape.units
+            assert config.tiles * config.splits * 32 <= 1024

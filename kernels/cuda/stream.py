@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode kernel over `FragmentTiles`: at most 16 rows of activations, bound by reading the weights once.
+
+A block stays on its multiprocessor and takes tiles of 16 (or 2 x 16) weight rows in turn; S warps split K of a tile
+and T tiles are under way side by side. Every lane copies the 16-byte pieces that it will multiply itself into its own
+part of a ring in shared memory (cp.async), D - 1 units of 128 k ahead and across tile boundaries, so the memory always
+has work and nothing but the end of a tile needs a barrier. Activations are staged once per block.
+
+Per unit a lane reads its words, masks fragments out as subnormal halves (`tile_source`), multiplies on tensor cores
+with float32 sums, subtracts zero * sum(x) of the group and multiplies by the scale, both in float32: codes and
+activations meet exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gptq_compile.kernels import fragments
+from gptq_compile.kernels.cuda import tile_source
+from gptq_compile.kernels.words import Grouping
+
+UNIT = 128
+MAX_ROWS = 16
+BLOCKS = 132
+"""Blocks of a launch: one per multiprocessor of an H100 or H200. Fewer run several after another."""
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+RESERVED = 1 << 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a stream kernel divides its work.
+
+    Attributes:
+        tiles: T, tiles (of `height` x 16 rows) a block has under way at once.
+        splits: S, warps that share a tile's K.
+        height: R, 16-row tiles a warp multiplies with the same activations.
+        depth: D, slots of a warp's ring.
+    """
+
+    tiles: int
+    splits: int
+    height: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The problem: x [rows, K] times W [N, K] with the groups of `grouping`."""
+
+    rows: int
+    out_features: int
+    grouping: Grouping
+    has_zeros: bool
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.out_features // fragments.TILE_ROWS)
+
+    @property
+    def units(self) -> int:
+        return -(-self.grouping.in_features // UNIT)
+
+    @property
+    def run(self) -> int:
+        """Codes after which scales may change: 128, 64 or 32."""
+        if self.grouping.groups == 1:
+            return UNIT
+        return next(size for size in (128, 64, 32) if self.grouping.group_size % size == 0)
+
+
+def slot_bytes(shape: Shape, config: Config) -> int:
+    """Returns the bytes of one ring slot: weights, scales and zero points of a unit."""
+    runs = UNIT // shape.run
+    return config.height * (shape.grouping.bits * 256 + runs * (48 if shape.has_zeros else 32))
+
+
+def shared_bytes(shape: Shape, config: Config) -> int:
+    """Returns the shared memory of a block: rings, activations, their sums, partial results."""
+    warps = config.tiles * config.splits
+    runs = UNIT // shape.run
+    columns = _columns(shape.rows)
+    ring = warps * config.depth * slot_bytes(shape, config)
+    x = shape.rows * (shape.units * UNIT + 32) * 2
+    sums = shape.rows * shape.units * runs * 4
+    partial = 2 * warps * config.height * 16 * columns * 4 if config.splits > 1 else 0
+    return ring + x + -(-sums // 16) * 16 + partial
+
+
+def _columns(rows: int) -> int:
+    return 1 if rows == 1 else -(-rows // 8) * 8 + 1
+
+
+def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
+    """Returns the division of the work for the smallest shared memory of `archs`, or None if nothing fits.
+
+    Sixteen warps a block. Where there are tiles for eight warps and more on every multiprocessor, a warp takes two of
+    them and K is hardly split; else K is split as far as it takes to give every multiprocessor work. Measured on an
+    H200 for the shapes of Llama-3-8B (benchmarks/RESULTS.md, "Quantized linear kernels").
+    """
+    limit = min(SHARED_BYTES.get(int("".join(filter(str.isdigit, arch))), 99 << 10) for arch in archs) - RESERVED
+    many = shape.row_tiles >= 8 * BLOCKS
+    height = 2 if (many and shape.grouping.bits < 8) or shape.rows > 8 else 1
+    supers = -(-shape.row_tiles // height)
+    most = 8 if many and height == 2 and shape.grouping.bits == 4 else 4
+    tiles = next(t for t in (1, 2, 4, 8) if supers <= t * BLOCKS or t == most)
+    splits = 16 // tiles
+    while splits > shape.units:
+        splits //= 2
+    while True:
+        steps = -(-shape.units // splits)
+        deepest = 4 if height == 2 else 6 if steps > 8 else 5
+        for depth in range(min(deepest, steps + 1), min(3, steps + 1) - 1, -1):
+            config = Config(tiles, splits, height, depth)
+            if shared_bytes(shape, config) <= limit:
+                return config
+        if tiles > 1:
+            tiles //= 2
+        elif splits > 4:
+            splits //= 2
+        else:
+            return None
+
+
+def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: str) -> str:
+    """Returns CUDA text with ``name::run(x, q, scales, [zeros], [bias], out, shared)``."""
+    bits, grouping = shape.grouping.bits, shape.grouping
+    constants = {
+        "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
+        "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run,
+        "TILES": shape.row_tiles, "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
+        "T": config.tiles, "S": config.splits, "R": config.height, "D": config.depth,
+        "SLOT": slot_bytes(shape, config), "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape.rows),
+        "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
+        "LOW": 24 - tile_source.exponent(bits, 0), "HIGH": 24 - tile_source.exponent(bits, 1),
+    }  # fmt: skip
+    text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
+    zeros = "const unsigned char* __restrict__ zeros, " if shape.has_zeros else ""
+    bias = "const half* __restrict__ bias, " if has_bias else ""
+    body = (
+        _BODY.replace("@ZEROS@", zeros)
+        .replace("@BIAS@", bias)
+        .replace("@OUT@", out_type)
+        .replace("@ADD_BIAS@", "v += __half2float(bias[row]);" if has_bias else "")
+        .replace("@FRAGMENTS@", f"gq_fragments{bits}")
+        .replace("@HAS_ZEROS@", "true" if shape.has_zeros else "false")
+        .replace("@ZEROS_POINTER@", "zeros" if shape.has_zeros else "nullptr")
+    )
+    head = tile_source.PTX + tile_source.COMMON + tile_source.fragments(bits)
+    return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"
+
+
+_BODY = """
+constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = UNITS * 128 + 32;
+constexpr int ACCUMULATORS = RUN == 32 ? 4 : 2;
+constexpr bool ONE = M == 1, HAS_ZEROS = @HAS_ZEROS@;
+constexpr int SUPERS = (TILES + R - 1) / R;
+constexpr int PIECES = UNITS * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
+constexpr int SCALE_AT = R * BITS * 256, ZERO_AT = SCALE_AT + R * RUNS * 32;
+constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + M * STRIDE * 2;
+constexpr int PARTIAL_AT = SUMS_AT + (M * UNITS * RUNS * 4 + 15) / 16 * 16;
+
+__device__ __forceinline__ uint4 piece(const half* x, int j) {
+  int k = j % PIECES * 8;
+  return j < M * PIECES && k < K ? gq_read16(x + (long long)(j / PIECES) * K + k) : make_uint4(0u, 0u, 0u, 0u);
+}
+
+// Stages sixteen bytes of x and adds up the codes of a run across the lanes that hold it.
+__device__ __forceinline__ void stage(uint4 v, int j, half* staged, float* sums) {
+  float s = 0.f;
+  const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) { float2 f = gq_floats(words[i]); s += f.x + f.y; }
+#pragma unroll
+  for (int offset = RUN / 16; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
+  if (j >= M * PIECES) return;
+  *reinterpret_cast<uint4*>(staged + j / PIECES * STRIDE + j % PIECES * 8) = v;
+  if (j % (RUN / 8) == 0) sums[j / PIECES * UNITS * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
+}
+
+__device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* __restrict__ q,
+                                    const half* __restrict__ scales, @ZEROS@@BIAS@@OUT@* __restrict__ out,
+                                    unsigned char* shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int part = warp / S, split = warp % S, blocks = gridDim.x;
+  unsigned char* ring = shared + warp * D * SLOT;
+  half* staged = reinterpret_cast<half*>(shared + X_AT);
+  float* sums = reinterpret_cast<float*>(shared + SUMS_AT);
+  float* partial = reinterpret_cast<float*>(shared + PARTIAL_AT);
+  const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
+
+  // The activations' loads go first, or they would queue behind the weights.
+  uint4 held[HELD <= 8 ? HELD : 1];
+  if constexpr (HELD <= 8) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) held[i] = piece(x, i * THREADS + threadIdx.x);
+  }
+
+  int next = blockIdx.x + blocks * part, unit = split, slot = 0;
+  auto fetch = [&]() {
+    if (next < SUPERS) {
+      unsigned char* to = ring + slot * SLOT;
+      const int bytes = CHUNKS % 2 && unit == UNITS - 1 ? BITS * 128 : BITS * 256;
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const long long tile = TILES % R && next * R + r >= TILES ? TILES - 1 : next * R + r;
+        const char* from = reinterpret_cast<const char*>(q) + tile * (CHUNKS * BITS * 128) + unit * (BITS * 256);
+#pragma unroll
+        for (int at = 0; at < BITS * 256; at += 512) {
+          const int mine = at + lane * 16;
+          if ((CHUNKS % 2 == 0 && BITS != 3) || mine < bytes) gq_copy16(to + r * BITS * 256 + mine, from + mine);
+        }
+        const int first = unit * 128 + (lane < 16 ? lane / 2 : lane - 16) * RUN;
+        const int group = GROUPS == 1 ? 0 : first / GROUP < GROUPS ? first / GROUP : GROUPS - 1;
+        if (lane < 2 * RUNS)
+          gq_copy16(to + SCALE_AT + r * RUNS * 32 + lane * 16, scales + (tile * GROUPS + group) * 16 + lane % 2 * 8);
+        if (HAS_ZEROS && lane >= 16 && lane < 16 + RUNS)
+          gq_copy16(to + ZERO_AT + (r * RUNS + lane - 16) * 16, zero_points + (tile * GROUPS + group) * 16);
+      }
+      unit += S;
+      if (unit >= UNITS) { unit = split; next += blocks * T; }
+    }
+    gq_commit();
+    slot = slot + 1 == D ? 0 : slot + 1;
+  };
+#pragma unroll
+  for (int i = 0; i < D - 1; ++i) fetch();
+
+  if constexpr (HELD <= 8) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) stage(held[i], i * THREADS + threadIdx.x, staged, sums);
+  } else {
+    for (int i = 0; i < HELD; ++i) stage(piece(x, i * THREADS + threadIdx.x), i * THREADS + threadIdx.x, staged, sums);
+  }
+  __syncthreads();
+
+  const half* rows[NT];
+  const float* row_sums[2 * NT];
+#pragma unroll
+  for (int t = 0; t < NT; ++t) {
+    rows[t] = staged + (t * 8 + g < M ? t * 8 + g : M - 1) * STRIDE + 8 * c;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = t * 8 + 2 * c + i < M ? t * 8 + 2 * c + i : M - 1;
+      row_sums[2 * t + i] = sums + column * UNITS * RUNS;
+    }
+  }
+
+  int use = 0, parity = 0;
+#pragma unroll 1
+  for (int super = blockIdx.x + blocks * part; super < SUPERS; super += blocks * T) {
+    float total[R][NT][4] = {};
+#pragma unroll 1
+    for (int u = split; u < UNITS; u += S) {
+      gq_wait<D - 2>();
+      __syncwarp();
+      const unsigned char* data = ring + use * SLOT;
+      use = use + 1 == D ? 0 : use + 1;
+      unsigned words[2][R][BITS], scale[R][RUNS], zero[R][HAS_ZEROS ? RUNS : 1];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          gq_words<BITS, true>(words[h][r], reinterpret_cast<const unsigned*>(data + (2 * r + h) * BITS * 128), lane);
+#pragma unroll
+        for (int run = 0; run < RUNS; ++run) {
+          scale[r][run] = *reinterpret_cast<const unsigned*>(data + SCALE_AT + (r * RUNS + run) * 32 + g * 4);
+          if constexpr (HAS_ZEROS)
+            zero[r][run] = *reinterpret_cast<const unsigned short*>(data + ZERO_AT + (r * RUNS + run) * 16 + g * 2);
+        }
+      }
+      // Into the slot of the turn before, which every lane has read before the barrier above.
+      fetch();
+
+      unsigned b[NT][2][8];
+#pragma unroll
+      for (int t = 0; t < NT; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint4 v = *reinterpret_cast<const uint4*>(rows[t] + u * 128 + i * 32);
+          unsigned* to = &b[t][i / 2][i % 2 * 4];
+          to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
+        }
+      float sum[ACCUMULATORS][R][NT][SETS][4] = {};
+      unsigned a[2][R][4][4];
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            if (step == 0) @FRAGMENTS@(a[h][r], words[h][r]);
+#pragma unroll
+            for (int t = 0; t < NT; ++t)
+              gq_mma4(sum[RUN == 32 ? 2 * h + step / 2 : h][r][t][SETS == 2 ? step % 2 : 0], a[h][r][step],
+                      b[t][h][2 * step], b[t][h][2 * step + 1]);
+          }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int run = 0; run < RUNS; ++run) {
+          const float2 factor = gq_floats(scale[r][run]);
+          const float zero_low = HAS_ZEROS ? float(zero[r][run % (HAS_ZEROS ? RUNS : 1)] & 255u) : 1.f;
+          const float zero_high = HAS_ZEROS ? float(zero[r][run % (HAS_ZEROS ? RUNS : 1)] >> 8) : 1.f;
+#pragma unroll
+          for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (ONE && i % 2) continue;
+              float v = sum[run][r][t][0][i];
+              if (RUN == 128) v += sum[1][r][t][0][i];
+              if (SETS == 2) {
+                float odd = sum[run][r][t][SETS - 1][i];
+                if (RUN == 128) odd += sum[1][r][t][SETS - 1][i];
+                v += odd * (1.f / (1 << SECOND));
+              }
+              v *= float(1 << (i < 2 ? LOW : HIGH));
+              v -= (i < 2 ? zero_low : zero_high) * row_sums[2 * t + i % 2][u * RUNS + run];
+              total[r][t][i] += v * (i < 2 ? factor.x : factor.y);
+            }
+        }
+    }
+    auto put = [&](int m, int row, float v) {
+      if (m < M && row < N) {
+        @ADD_BIAS@
+        out[(long long)m * N + row] = (@OUT@)v;
+      }
+    };
+    if constexpr (S == 1) {
+#pragma unroll
+      for (int i = 0; i < R * NT * 4; ++i) {
+        const int column = i / 4 % NT * 8 + 2 * c + i % 2, row = i / (4 * NT) * 16 + g + i % 4 / 2 * 8;
+        put(column, super * R * 16 + row, total[i / (4 * NT)][i / 4 % NT][i % 4]);
+      }
+    } else {
+      float* mine = partial + ((parity * T + part) * S) * R * 16 * COLUMNS;
+#pragma unroll
+      for (int i = 0; i < R * NT * 4; ++i) {
+        const int column = i / 4 % NT * 8 + 2 * c + i % 2, row = i / (4 * NT) * 16 + g + i % 4 / 2 * 8;
+        const float v = total[i / (4 * NT)][i / 4 % NT][i % 4];
+        if (column < COLUMNS) mine[(split * R * 16 + row) * COLUMNS + column] = v;
+      }
+      gq_barrier(part + 1, S * 32);
+      for (int j = split * 32 + lane; j < R * 16 * M; j += S * 32) {
+        const int row = j % (R * 16), m = j / (R * 16);
+        float v = 0.f;
+#pragma unroll
+        for (int k = 0; k < S; ++k) v += mine[(k * R * 16 + row) * COLUMNS + m];
+        put(m, super * R * 16 + row, v);
+      }
+      parity ^= 1;
+    }
+  }
+}
+"""

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PrimFuncs of the kernels over `FragmentTiles`: TVM declares, launches and packages, CUDA text does the work."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from gptq_compile.kernels import fragments
+from gptq_compile.kernels.cuda import prefill, stream, tile_source
+from gptq_compile.kernels.cuda.warp import address, warp_sum
+from gptq_compile.kernels.layouts import grouping_of, layout_for
+from gptq_compile.kernels.registry import Case, Refusal
+from gptq_compile.kernels.script import Function, local, script, store, when
+from gptq_compile.kernels.target import Target
+
+PLAIN_WARPS = 4
+PLAIN_TOKENS = 4
+C_TYPES = {"float16": "half", "float32": "float"}
+
+Expr = Any
+
+
+def _why_not_tiles(case: Case) -> str | None:
+    reason = fragments.why_not(grouping_of(case))
+    return f"is for whole tiles and {reason}" if reason else None
+
+
+def accepts_plain(case: Case, target: Target) -> Refusal | None:
+    """Refuses cases in another layout."""
+    reason = _why_not_tiles(case)
+    return Refusal(reason) if reason else None
+
+
+def accepts_prefill(case: Case, target: Target) -> Refusal | None:
+    """Refuses other layouts and activations that tensor cores do not multiply here."""
+    reason = _why_not_tiles(case)
+    if reason is None and case.dtype != "float16":
+        reason = f"needs float16 activations, not {case.dtype}"
+    return Refusal(reason) if reason else None
+
+
+def accepts_stream(case: Case, target: Target) -> Refusal | None:
+    """Refuses what `accepts_prefill` does, many or symbolic rows, and activations beyond shared memory."""
+    refusal = accepts_prefill(case, target)
+    if refusal is not None:
+        return refusal
+    if case.rows is None or case.rows > stream.MAX_ROWS:
+        return Refusal(f"is for 1 to {stream.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
+    if stream.choose(_shape(case), target.archs) is None:
+        return Refusal(f"{case.rows} rows of {case['in_features']} do not fit in shared memory beside the weights")
+    return None
+
+
+def _shape(case: Case) -> stream.Shape:
+    return stream.Shape(case.rows or 0, case["out_features"], grouping_of(case), bool(case["has_zeros"]))
+
+
+def _tensors(f: Function, case: Case, target: Target) -> dict[str, Any]:
+    """Declares the parameters in the contract's order."""
+    n, k = case["out_features"], case["in_features"]
+    rows = f.symbol() if case.rows is None else case.rows
+    found = {"x": f.tensor("x", (rows, k), case.dtype)}
+    for name, (shape, dtype) in layout_for(case, target).tensors(case).items():
+        found[name] = f.tensor(name, shape, dtype)
+    if case["has_bias"]:
+        found["bias"] = f.tensor("bias", (n,), case.dtype)
+    found["out"] = f.tensor("out", (rows, n), case.get("out_dtype", case.dtype))
+    return found
+
+
+def _name(kind: str, case: Case, *more: object) -> str:
+    """Returns a name of its own for the text of a case: kernels of one module share a source file."""
+    return f"gq_{kind}_{zlib.crc32(repr((case, *more)).encode()):08x}"
+
+
+def _run(name: str, source: str, tensors: dict[str, Any], *more: Expr) -> None:
+    ir = script()
+    pointers = [tensor.access_ptr("w" if key == "out" else "r") for key, tensor in tensors.items()]
+    ir.evaluate(ir.cuda.func_call(f"{name}::run", *pointers, *more, source_code=source, return_type="void"))
+
+
+def build_stream(case: Case, target: Target, config: stream.Config | None = None) -> Any:
+    """Builds the kernel for few rows known at compile time, divided as `config` says or as `stream.choose` does."""
+    ir = script()
+    shape = _shape(case)
+    config = config or stream.choose(shape, target.archs)
+    assert config is not None
+    name = _name("stream", case, target, config)
+    out_type = C_TYPES[case.get("out_dtype", case.dtype)]
+    source = stream.source(name, shape, config, bool(case["has_bias"]), out_type)
+    supers = -(-shape.row_tiles // config.height)
+    blocks = min(stream.BLOCKS, -(-supers // config.tiles))
+    with Function("quant_linear") as f:
+        tensors = _tensors(f, case, target)
+        with (
+            ir.launch_thread("blockIdx.x", blocks),
+            ir.launch_thread("threadIdx.x", 32 * config.tiles * config.splits),
+        ):
+            shared = ir.alloc_buffer((stream.shared_bytes(shape, config),), "uint8", scope="shared.dyn")
+            _run(name, source, tensors, shared.access_ptr("rw"))
+    return f.result()
+
+
+def build_prefill(case: Case, target: Target) -> Any:
+    """Builds the kernel for any number of rows."""
+    ir = script()
+    shape = _shape(case)
+    name = _name("prefill", case)
+    source = prefill.source(name, shape, bool(case["has_bias"]), C_TYPES[case.get("out_dtype", case.dtype)])
+    owned = prefill.WARPS * prefill.height(shape) * fragments.TILE_ROWS
+    with Function("quant_linear") as f:
+        tensors = _tensors(f, case, target)
+        rows = tensors["x"].shape[0]
+        token_blocks = ir.cast((rows + prefill.TOKENS - 1) // prefill.TOKENS, "int32")
+        with (
+            ir.launch_thread("blockIdx.x", -(-shape.out_features // owned)),
+            ir.launch_thread("blockIdx.y", token_blocks),
+            ir.launch_thread("threadIdx.x", 32 * prefill.WARPS),
+        ):
+            shared = ir.alloc_buffer((prefill.SHARED_BYTES,), "uint8", scope="shared.dyn")
+            _run(name, source, tensors, ir.cast(rows, "int32"), shared.access_ptr("rw"))
+    return f.result()
+
+
+def build_plain(case: Case, target: Target) -> Any:
+    """Builds the kernel without tensor cores: a warp per weight row and up to four token rows, lanes over k."""
+    ir = script()
+    grouping = grouping_of(case)
+    bits, k_total = grouping.bits, grouping.in_features
+    with Function("quant_linear") as f:
+        t = _tensors(f, case, target)
+        rows = t["x"].shape[0]
+        out_dtype = case.get("out_dtype", case.dtype)
+        with (
+            ir.launch_thread("blockIdx.x", -(-case["out_features"] // PLAIN_WARPS)) as block,
+            ir.launch_thread("blockIdx.y", ir.cast((rows + PLAIN_TOKENS - 1) // PLAIN_TOKENS, "int32")) as part,
+            ir.launch_thread("threadIdx.x", 32 * PLAIN_WARPS) as thread,
+        ):
+            row, lane = block * PLAIN_WARPS + thread // 32, thread % 32
+            safe = ir.min(row, case["out_features"] - 1)
+            tile, place = safe // fragments.TILE_ROWS, safe % fragments.TILE_ROWS
+            sums, weight = local(PLAIN_TOKENS), local(1)
+            for i in range(PLAIN_TOKENS):
+                store(sums, (i,), ir.float32(0))
+            with ir.serial((k_total + 31 - lane) // 32) as step:
+                k = step * 32 + lane
+                group = k // grouping.group_size
+                words = address(t["qweight"], tile, k // fragments.TILE_CODES, 0)
+                code = ir.cuda.func_call(
+                    f"gq_code{bits}", words, place, k % fragments.TILE_CODES,
+                    source_code=tile_source.code_lookup(bits), return_type="int32",
+                )  # fmt: skip
+                zero = ir.int32(1 << (bits - 1))
+                if "zeros" in t:
+                    zero = ir.cast(t["zeros"][tile, group, place % 8, place // 8], "int32")
+                scale = ir.cast(t["scales"][tile, group, place % 8, place // 8], "float32")
+                store(weight, (0,), scale * ir.cast(code - zero, "float32"))
+                for i in range(PLAIN_TOKENS):
+                    token = ir.min(part * PLAIN_TOKENS + i, rows - 1)
+                    store(sums, (i,), sums[i] + weight[0] * ir.cast(t["x"][token, k], "float32"))
+            for i in range(PLAIN_TOKENS):
+                store(sums, (i,), warp_sum(sums[i]))
+            for i in range(PLAIN_TOKENS):
+                token = part * PLAIN_TOKENS + i
+                with when(ir.And(lane == 0, ir.And(token < rows, row < case["out_features"]))):
+                    value = sums[i]
+                    if "bias" in t:
+                        value = value + ir.cast(t["bias"][row], "float32")
+                    store(t["out"], (token, row), ir.cast(value, out_dtype))
+    return f.result()

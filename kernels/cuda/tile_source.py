@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA text shared by the kernels over `FragmentTiles`: a few PTX instructions, and codes to mma fragments.
+
+`fragments` masks codes out as subnormal halves, code * 2**(t - 24) with one t per row half (`exponent`): one logic
+instruction for two codes, and the multiplication with activations is exact in float32. `integers` makes the exact
+halves code - zero, which costs one more instruction but spares the kernel the sums of the activations.
+"""
+
+from __future__ import annotations
+
+from gptq_compile.kernels.fragments import STEPS, lane_fields
+
+PTX = """
+#ifndef GQ_PTX
+#define GQ_PTX
+__device__ __forceinline__ void gq_mma4(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Sixteen bytes from global to shared memory, past L1, without a register; visible after gq_wait and a barrier.
+__device__ __forceinline__ void gq_copy16(void* to, const void* from) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void gq_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void gq_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+__device__ __forceinline__ void gq_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// A load that stays where it is written: those of the activations go out before the flood of weights.
+__device__ __forceinline__ uint4 gq_read16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+#endif
+"""
+
+COMMON = """
+#ifndef GQ_TILES
+#define GQ_TILES
+__device__ __forceinline__ float2 gq_floats(unsigned pair) {
+  half2 h = *reinterpret_cast<half2*>(&pair);
+  return make_float2(__half2float(h.x), __half2float(h.y));
+}
+__device__ __forceinline__ unsigned gq_minus(unsigned v, unsigned z) {
+  half2 r = __hsub2(*reinterpret_cast<half2*>(&v), *reinterpret_cast<half2*>(&z));
+  return *reinterpret_cast<unsigned*>(&r);
+}
+__device__ __forceinline__ unsigned gq_scaled_minus(unsigned v, unsigned m, unsigned z) {
+  half2 r = __hfma2(*reinterpret_cast<half2*>(&v), *reinterpret_cast<half2*>(&m), *reinterpret_cast<half2*>(&z));
+  return *reinterpret_cast<unsigned*>(&r);
+}
+// The words of a lane in a tile of `bits` words a lane, from shared memory or through L2.
+template <int bits, bool shared>
+__device__ __forceinline__ void gq_words(unsigned* w, const unsigned* tile, int lane) {
+  constexpr int width = bits == 2 ? 2 : bits == 3 ? 1 : 4;
+#pragma unroll
+  for (int i = 0; i < bits; i += width) {
+    const unsigned* p = tile + i * 32 + lane * width;
+    if constexpr (width == 4) {
+      uint4 v = shared ? *reinterpret_cast<const uint4*>(p) : __ldg(reinterpret_cast<const uint4*>(p));
+      w[i] = v.x; w[i + 1] = v.y; w[i + 2] = v.z; w[i + 3] = v.w;
+    } else if constexpr (width == 2) {
+      uint2 v = shared ? *reinterpret_cast<const uint2*>(p) : __ldg(reinterpret_cast<const uint2*>(p));
+      w[i] = v.x; w[i + 1] = v.y;
+    } else {
+      w[i] = shared ? *p : __ldg(p);
+    }
+  }
+}
+#endif
+"""
+
+
+def sets(bits: int) -> int:
+    """Returns how many accumulators `fragments` needs: odd steps of 2-bit codes stand four bits higher."""
+    return 2 if bits == 2 else 1
+
+
+def exponent(bits: int, high: int) -> int:
+    """Returns t of rows g (high 0) or g + 8 (high 1): `fragments` yields code * 2**(t - 24) in accumulator 0."""
+    return {2: 2, 3: 3, 4: 4, 8: 0}[bits] * high
+
+
+SECOND_SET = 4
+"""Accumulator 1 holds code * 2**(t + SECOND_SET - 24)."""
+
+
+def _masked(bits: int, step: int, high: int, pair: int, bit: int) -> str:
+    """Returns the expression that leaves a pair of codes standing from bit `bit` of the half-words."""
+    parts = lane_fields(bits)[((step * 2 + high) * 2 + pair) * 2]
+    terms = []
+    for part in parts:
+        right = part.shift - part.low - bit
+        mask = (((1 << part.width) - 1) << (part.low + bit)) * 0x10001
+        word = f"(w[{part.word}] >> {right})" if right else f"w[{part.word}]"
+        terms.append(f"({word} & 0x{mask:08x}u)")
+    return " | ".join(terms)
+
+
+def fragments(bits: int) -> str:
+    """Returns ``gq_fragments{bits}(unsigned a[4][4], const unsigned* w)``: subnormal fragments of four steps."""
+    lines = []
+    for step in range(STEPS):
+        for high in (0, 1):
+            for pair in (0, 1):
+                bit = exponent(bits, high) + (SECOND_SET if sets(bits) == 2 and step % 2 else 0)
+                lines.append(f"a[{step}][{high + 2 * pair}] = {_masked(bits, step, high, pair, bit)};")
+    body = "\n  ".join(lines)
+    return f"""
+#ifndef GQ_FRAGMENTS{bits}
+#define GQ_FRAGMENTS{bits}
+__device__ __forceinline__ void gq_fragments{bits}(unsigned (*a)[4], const unsigned* w) {{
+  {body}
+}}
+#endif
+"""
+
+
+def integers(bits: int) -> str:
+    """Returns ``gq_integers{bits}(unsigned a[4][4], const unsigned* w, unsigned low, unsigned high)``.
+
+    The fragments are the halves code - zero with the zero points `low` of row g and `high` of row g + 8. A code OR-ed
+    into 1024 is 1024 + code * 2**t; times 2**-t, minus 1024 * 2**-t + zero, it is exact.
+    """
+    lines = []
+    for high, name in ((0, "low"), (1, "high")):
+        bit = exponent(bits, high)
+        lines.append(f"unsigned z{high} = (0x{0x6400 - (bit << 10):04x}u + ({name} << {bit})) * 0x10001u;")
+        if bit:
+            lines.append(f"z{high} ^= 0x80008000u;")
+    for step in range(STEPS):
+        for high in (0, 1):
+            bit = exponent(bits, high)
+            for pair in (0, 1):
+                value = f"({_masked(bits, step, high, pair, bit)}) | 0x64006400u"
+                half = f"0x{((15 - bit) << 10) * 0x10001:08x}u"
+                call = f"gq_scaled_minus({value}, {half}, z{high})" if bit else f"gq_minus({value}, z{high})"
+                lines.append(f"a[{step}][{high + 2 * pair}] = {call};")
+    body = "\n  ".join(lines)
+    return f"""
+#ifndef GQ_INTEGERS{bits}
+#define GQ_INTEGERS{bits}
+__device__ __forceinline__ void gq_integers{bits}(unsigned (*a)[4], const unsigned* w, unsigned low, unsigned high) {{
+  {body}
+}}
+#endif
+"""
+
+
+def code_lookup(bits: int) -> str:
+    """Returns ``gq_code{bits}(tile, row, k)``: one code of a tile, for the plain kernel."""
+    if bits == 3:
+        body = """if (step < 3) return at(step) >> (3 * high + 9 * pair + 16 * odd) & 7;
+  if (!high && pair) {
+    int shift = 15 + 16 * odd;
+    return (at(0) >> shift & 1) | (at(1) >> shift & 1) << 1 | (at(2) >> shift & 1) << 2;
+  }
+  return at(high ? 1 + pair : 0) >> (6 + 16 * odd) & 7;"""
+    else:
+        word, bit = {
+            2: ("step / 2", "4 * (step % 2) + 2 * high + 8 * pair"),
+            4: ("step", "4 * high + 8 * pair"),
+            8: ("2 * step + high", "8 * pair"),
+        }[bits]
+        body = f"return at({word}) >> ({bit} + 16 * odd) & {(1 << bits) - 1};"
+    return f"""
+__device__ __forceinline__ int gq_code{bits}(const void* tile, int row, int k) {{
+  constexpr int width = {2 if bits == 2 else 1 if bits == 3 else 4};
+  int high = row / 8, lane = row % 8 * 4 + k % 32 / 8;
+  int step = k / 32 * 2 + k % 8 / 4, pair = k % 4 / 2, odd = k % 2;
+  auto at = [&](int word) {{
+    return __ldg(static_cast<const unsigned*>(tile) + word / width * 32 * width + lane * width + word % width);
+  }};
+  {body}
+}}
+"""
