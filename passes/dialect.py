@@ -393,3 +393,10 @@ def expert_linear(
 @expert_linear.register_fake
 def _(x, weight, expert, bias=None, transposed=False):
     return x.new_empty((*x.shape[:-1], weight.shape[-1 if transposed else 1]))
+
+
+REFERENCES: dict[Any, Callable[..., Tensor]] = {
+    op._opoverload: op._init_fn
+    for op in (attention, rms_norm, layer_norm, rotary_embedding, gated_act, expert_linear)
+}
+"""Ops of a program in sequence form -> the functions that define them, made of ops that have derivatives."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gptq_compile.passes import dialect
 from gptq_compile.passes.program import Program
 
 aten = torch.ops.aten
@@ -66,6 +67,7 @@ class Interpreter:
         want: Iterable[fx.Node],
         nodes: Iterable[fx.Node] | None = None,
         sequences: int = 1,
+        references: bool = False,
     ) -> dict[fx.Node, Any]:
         """Evaluates ``nodes`` (default: the whole graph) and returns the values of ``want``.
 
@@ -75,6 +77,7 @@ class Interpreter:
             nodes: the stretch to evaluate, in graph order.
             sequences: of equal length to which the tokens belong, one after the other. More than one needs a program
                 in which only attention mixes tokens.
+            references: run what dialect ops are defined by instead of the ops, which have no derivative.
         """
         env = dict(env)
         want = list(want)
@@ -89,9 +92,8 @@ class Interpreter:
                 if arg not in env and "param" in arg.meta:
                     env[arg] = self.param(arg)
             lookup = env.__getitem__
-            env[node] = self._call(
-                node.target, fx.node.map_arg(node.args, lookup), fx.node.map_arg(node.kwargs, lookup), sequences
-            )
+            args, kwargs = fx.node.map_arg(node.args, lookup), fx.node.map_arg(node.kwargs, lookup)
+            env[node] = self._call(node.target, args, kwargs, sequences, references)
             for arg in node.all_input_nodes:
                 if last_use[arg] is node and arg not in keep:
                     env.pop(arg, None)
@@ -100,7 +102,7 @@ class Interpreter:
                 env[node] = self.param(node)
         return {node: env[node] for node in want}
 
-    def _call(self, target: Any, args: Any, kwargs: dict[str, Any], sequences: int) -> Any:
+    def _call(self, target: Any, args: Any, kwargs: dict[str, Any], sequences: int, references: bool) -> Any:
         if self.dtype in _HALVES and (count := _PRODUCTS.get(target, 0)):
             args = tuple(self._half(a) if i < count else a for i, a in enumerate(args))
             if "bias" in kwargs:
@@ -108,9 +110,10 @@ class Interpreter:
         # The trace ran on the meta device, so tensor factories in the graph ask for it; values live on ours.
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": self.device}
+        call = dialect.REFERENCES.get(target, target) if references else target
         if sequences > 1 and target is ops.attention.default:
-            return _attention(args, kwargs, sequences)
-        return target(*args, **kwargs)
+            return _attention(call, args, kwargs, sequences)
+        return call(*args, **kwargs)
 
     def _half(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -121,7 +124,7 @@ def _multiplied(node: fx.Node) -> bool:
     return all(user.target in _PRODUCTS or user.target is aten.embedding.default for user in node.users)
 
 
-def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], sequences: int) -> Tensor:
+def _attention(attend: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sequences: int) -> Tensor:
     q, k, v, *rest = args
     parts = [t.reshape(sequences, -1, *t.shape[2:]) for t in (q, k, v)]
     names = ("scale", "window", "softcap", "sinks", "alibi_slopes")
@@ -129,8 +132,8 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], sequences: int) ->
     window = options.get("window", 0)
     plain = not options.get("softcap") and options.get("sinks") is None and options.get("alibi_slopes") is None
     if plain and (window == 0 or window >= parts[0].shape[1]):  # one call takes a batch then
-        out = ops.attention.default(*parts, *rest, **kwargs)
+        out = attend(*parts, *rest, **kwargs)
     else:
-        out = torch.cat([ops.attention.default(*(t[i : i + 1] for t in parts), *rest, **kwargs)
+        out = torch.cat([attend(*(t[i : i + 1] for t in parts), *rest, **kwargs)
                          for i in range(sequences)])  # fmt: skip
     return out.reshape(1, -1, *out.shape[2:])
