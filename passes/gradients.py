@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_compile.passes.common import Node, is_tensor
+from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.phases import phase
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stage_runner import Batch, Env, Runner, params_of
@@ -62,7 +62,7 @@ class _Backward:
         self.linears = set(linears)
         self.ids = [b.values[program.input("input_ids")].reshape(b.sequences, -1) for b in batches]
         order = [n for n in program.graph.nodes if n.op == "call_function"]
-        cuts = _cuts(program, order)
+        cuts = _cuts(order)
         self.stretches = [order[a:b] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True)]
         self.live = [live_values(order[b:]) for b in cuts]
 
@@ -187,14 +187,15 @@ def _sequence(node: Node, value: Any, s: int, count: int) -> Any:
     return part - s * n if node.name == "logit_rows" else part
 
 
-def _cuts(program: Program, order: list[Node]) -> list[int]:
+def _cuts(order: list[Node]) -> list[int]:
     """Where to cut: between two layers of attention, where the fewest numbers are live."""
     index = {n: i for i, n in enumerate(order)}
     change = [0] * (len(order) + 1)  # numbers a token that become live (or die, negative) before each node
     for node in order:
         last = max((index[u] for u in node.users if u in index), default=-1)
-        if last >= 0 and is_tensor(node):
-            size = math.prod(int(s) for s in node.meta["val"].shape if isinstance(s, int))
+        if last >= 0 and isinstance(value := node.meta["val"], Tensor | list | tuple):
+            # Never cut where several tensors live as one value.
+            size = math.prod(s for s in value.shape if isinstance(s, int)) if isinstance(value, Tensor) else 1 << 40
             change[index[node] + 1] += size
             change[last + 1] -= size
     live = list(itertools.accumulate(change))
