@@ -396,7 +396,6 @@ def _(x, weight, expert, bias=None, transposed=False):
 
 
 REFERENCES: dict[Any, Callable[..., Tensor]] = {
-    op._opoverload: op._init_fn
-    for op in (attention, rms_norm, layer_norm, rotary_embedding, gated_act, expert_linear)
+    op._opoverload: op._init_fn for op in (attention, rms_norm, layer_norm, rotary_embedding, gated_act, expert_linear)
 }
 """Ops of a program in sequence form -> the functions that define them, made of ops that have derivatives."""

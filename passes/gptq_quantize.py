@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from gptq_compile.errors import CalibrationError
 from gptq_compile.passes import quantize_experts as experts
@@ -26,17 +26,17 @@ from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.heap import trim_heap
 from gptq_compile.passes.gptq.hessian import Hessian
-from gptq_compile.passes.gptq.importance import downstream_attention, received_attention, token_weights
 from gptq_compile.passes.gptq.phases import collect, phase
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.gptq.solution import Solution
 from gptq_compile.passes.gptq.solver import prepare
 from gptq_compile.passes.gptq.store import SolutionStore
 from gptq_compile.passes.gptq.world import World, current, join
+from gptq_compile.passes.gradients import squared_gradients
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.memory_plan import MemoryPlan, plan_memory
 from gptq_compile.passes.program import Program, where
-from gptq_compile.passes.stage_runner import Batch, Runner, compute_dtype, params_of
+from gptq_compile.passes.stage_runner import Batch, Runner, compute_dtype
 from gptq_compile.passes.stages import (
     Group,
     features_of,
@@ -228,30 +228,24 @@ class GptqQuantize(Pass):
     def _token_weights(
         self, program: Program, runner: Runner, batches: list[Batch]
     ) -> Callable[[Node, int], Tensor | None]:
-        """Runs the original model once and returns the token weights of a group's input in a batch."""
-        if self.config.token_weighting == "none":
+        """Runs the original model once forward and back; returns the token weights of a group's input in a batch."""
+        strength = self.config.token_strength
+        if self.config.token_weighting == "none" or strength == 0:
             return lambda source, batch: None
-        reach = downstream_attention(program)
-        attention = [n for n in program.graph.nodes if n.target is ops.attention.default]
-        received: list[dict[Node, Tensor]] = [{} for _ in batches]
-        order = [n for n in program.graph.nodes if n.op == "call_function"]
-        cuts = [order.index(layer) for layer in attention]
-        for layer, start, stop, after in zip(attention, [0, *cuts], cuts, [*cuts[1:], 0], strict=False):
-            stretch, operands = order[start:stop], set(layer.all_input_nodes)
-            live = live_values(order[stop : cuts[-1] + 1]) | operands
-            loaded = runner.load([*stretch, layer], {})
-            runner.prefetch(params_of(order[stop:after]))
-            for i, batch in enumerate(batches):
-                with phase("original forward", self.device):
-                    values = runner.run(batch.values, stretch, live, loaded, batch.sequences)
-                    runner.keep(batch, values)
-                with phase("received attention", self.device):
-                    lookup = {**loaded, **values}.__getitem__
-                    received[i][layer] = received_attention(
-                        fx.node.map_arg(layer.args, lookup), fx.node.map_arg(layer.kwargs, lookup), batch.sequences
-                    )
-                del values, lookup
-        return lambda source, batch: token_weights(received[batch], reach[source], self.config.token_strength)
+        try:
+            linears = quantizable(program, self.config.quantize_lm_head)
+            squares = squared_gradients(program, runner, batches, linears)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's word for an op without a derivative
+            log.warning("Calibration tokens weigh the same, because the model has no gradient: %s", error)
+            return lambda source, batch: None
+        weights: dict[Node, list[Tensor]] = {}
+        for source, parts in squares.items():
+            mean = self.world.mean(torch.cat(parts))
+            if mean > 0:
+                weights[source] = [1 + strength * part / mean for part in parts]
+        return lambda source, batch: weights[source][batch] if source in weights else None
 
     def _solve(
         self,

@@ -62,7 +62,7 @@ class _Backward:
         self.linears = set(linears)
         self.ids = [b.values[program.input("input_ids")].reshape(b.sequences, -1) for b in batches]
         order = [n for n in program.graph.nodes if n.op == "call_function"]
-        cuts = _cuts(order)
+        cuts = cuts_between_layers(order)
         self.stretches = [order[a:b] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True)]
         self.live = [live_values(order[b:]) for b in cuts]
 
@@ -187,7 +187,7 @@ def _sequence(node: Node, value: Any, s: int, count: int) -> Any:
     return part - s * n if node.name == "logit_rows" else part
 
 
-def _cuts(order: list[Node]) -> list[int]:
+def cuts_between_layers(order: list[Node]) -> list[int]:
     """Where to cut: between two layers of attention, where the fewest numbers are live."""
     index = {n: i for i, n in enumerate(order)}
     change = [0] * (len(order) + 1)  # numbers a token that become live (or die, negative) before each node

@@ -18,6 +18,7 @@ from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import HUGE, LARGE
 from gptq_compile.passes.gptq.hessian import GATHER
+from gptq_compile.passes.gradients import cuts_between_layers
 from gptq_compile.passes.interpret import Interpreter
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stage_runner import compute_dtype, params_of, sequences_per_call
@@ -120,7 +121,9 @@ class _ShapeInterpreter(Interpreter):
 
     def call(self, node: Node, env: dict[Node, Any], sequences: int) -> Any:
         look = env.__getitem__
-        return self._call(node.target, fx.node.map_arg(node.args, look), fx.node.map_arg(node.kwargs, look), sequences)
+        return self._call(
+            node.target, fx.node.map_arg(node.args, look), fx.node.map_arg(node.kwargs, look), sequences, False
+        )
 
 
 class _Planner:
@@ -247,22 +250,47 @@ class _Planner:
         )
 
     def _token_weights(self, offload: bool, note: Any) -> tuple[int, int]:
-        """The walk of the original model; returns what it leaves behind and the most it keeps between stretches."""
-        attention = [n for n in self.order if n.target is ops.attention.default]
-        cuts = [self.order.index(layer) for layer in attention]
+        """The original model forward and back; returns what it leaves behind and the most it keeps between stretches.
+
+        Every stretch's start is kept until the way back has passed it, and its gradient until the stretch before it is
+        done. A stretch's values are all on the tape; at the model's end there are one sequence's logits, as floats,
+        their softmax and their gradient.
+        """
+        cuts = cuts_between_layers(self.order)
+        stretches = [self.order[a:b] for a, b in zip([0, *cuts], [*cuts, len(self.order)], strict=True)]
+        linears = set(quantizable(self.program, self.config.quantize_lm_head))
         known: set[Node] = set(self.program.inputs)
-        used = 0
-        for layer, start, stop, following in zip(attention, [0, *cuts], cuts, [*cuts[1:], 0], strict=False):
-            stretch = self.order[start:stop]
-            live = live_values(self.order[stop : cuts[-1] + 1]) | set(layer.all_input_nodes)
-            made = set(stretch)
+        starts, saved = [known], 0.0
+        left = 0
+        for index, stretch in enumerate(stretches[:-1]):
+            made, live = set(stretch), live_values(self.order[cuts[index] :])
             after = {n for n in live if n in made or n in known}
-            loaded = self.size(params_of([*stretch, layer])) + self.size(params_of(self.order[stop:following]))
-            work = self.working(stretch, known, live)
-            note("original forward", loaded + self._states(known, after, offload) + work, "running the original model")
-            used = max(used, int(self.size(after) * self.calls))
+            loaded = self.size(params_of(stretch)) + self.size(params_of(stretches[index + 1]))
+            held = self._states(known, after, offload) + saved
+            note("original forward", loaded + held + self.working(stretch, known, live), "running the original model")
+            saved += 0 if offload else self.size(after - known) * self.calls
             known = after
-        return int(4 * len(attention) * self.tokens * self.calls), used
+            starts.append(known)
+        used = int(sum(self.size(start) for start in starts[1:]) * self.calls)
+        for index in reversed(range(len(stretches))):
+            stretch, last = stretches[index], index + 1 == len(stretches)
+            share = 1 / self.per_call if last else 1.0
+            tape = self.size(set(stretch) - set(starts[index])) + sum(
+                _TEMPORARIES[node.target] * self.values[node].numel() for node in stretch if node.target in _TEMPORARIES
+            )
+            if last:
+                tape += 3 * 4 * self.values[self.program.output].numel()
+            edges = [self.size(starts[i]) for i in (index, index + 1) if 0 < i < len(stretches)]
+            loaded = self.size(params_of(stretch)) + (self.size(params_of(stretches[index - 1])) if index else 0)
+            note(
+                "gradients",
+                left + loaded + saved + tape * share + max(edges, default=0) * self.calls,
+                "running the original model back",
+            )
+            left += int(4 * self.tokens * self.calls) * len({n.args[0] for n in stretch if n in linears})
+            if not offload and index:
+                saved -= self.size(starts[index] - starts[index - 1]) * self.calls
+        return left, used
 
     def _states(self, before: set[Node], after: set[Node], offload: bool) -> float:
         """Values between stretches while one batch after another goes from ``before`` to ``after``."""

@@ -189,14 +189,14 @@ def _quantization(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--token-weighting",
-        choices=("attention", "none"),
+        choices=("gradient", "none"),
         help=f"weight of a calibration token in the Hessian (default: {default['token_weighting']})",
     )
     group.add_argument(
         "--token-strength",
         type=float,
         metavar="F",
-        help=f"weight of received attention against a token's own prediction (default: {default['token_strength']})",
+        help=f"weight of gradients against equal weights (default: {default['token_strength']})",
     )
     _switch(group, "quantize_lm_head", "quantize the output projection too")
 

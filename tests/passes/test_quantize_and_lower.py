@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
-from gptq_compile.passes.gptq.importance import downstream_attention, received_attention, token_weights
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.insert_kv_cache import InsertKvCache
 from gptq_compile.passes.manager import PassManager
@@ -155,51 +153,3 @@ def test_sequences_in_one_call_do_not_see_each_other(traced):
     for which in (0, 1):
         rows = [i for i, (s, _) in enumerate(order) if s == which]
         assert nmse(out[rows], alone[which]) < 1e-10
-
-
-def test_received_attention_is_the_sum_of_squared_probabilities():
-    rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((9, heads, 4)) for heads in (4, 2))
-    args = tuple(torch.from_numpy(x).float()[None] for x in (q, k, k))
-    got = received_attention((*args, 0.5, 5), {})
-    expected = np.zeros(9)
-    for head in range(4):
-        scores = 0.5 * q[:, head] @ k[:, head // 2].T
-        distance = np.arange(9)[:, None] - np.arange(9)[None]
-        scores[(distance < 0) | (distance >= 5)] = -np.inf
-        probs = np.exp(scores - scores.max(1, keepdims=True))
-        expected += ((probs / probs.sum(1, keepdims=True)) ** 2).sum(0) / 4
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5)
-
-
-def test_token_weights_count_the_layers_downstream(traced):
-    reach = downstream_attention(traced)
-    layers = [n for n in traced.graph.nodes if n.target is ops.attention.default]
-    linears = {n.args[1].meta["param"]: n for n in traced.graph.nodes if n.target is aten.linear.default}
-    first_key = next(n for name, n in linears.items() if name.endswith("layers.0.self_attn.k_proj.weight"))
-    last_down = next(n for name, n in linears.items() if name.endswith("layers.1.mlp.down_proj.weight"))
-    assert reach[first_key.args[0]] == frozenset(layers)
-    assert reach[last_down.args[0]] == frozenset()
-    received = {layer: torch.tensor([4.0, 1.0]) for layer in layers}
-    assert token_weights(received, reach[last_down.args[0]], 0.5) is None
-    assert token_weights(received, frozenset(layers), 0.5).tolist() == [5.0, 2.0]
-
-
-def test_token_weights_do_not_depend_on_the_order_of_a_set():
-    class Layer:
-        """Stands for a node; its hash, in life an address, decides where a set puts it."""
-
-        def __init__(self, place: int) -> None:
-            self.place = place
-
-        def __hash__(self) -> int:
-            return self.place
-
-    values = torch.rand(24, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 6, 24)[:, None]
-    results = []
-    for places in (range(24), range(23, -1, -1)):
-        layers = [Layer(p) for p in places]
-        received = dict(zip(layers, values, strict=True))
-        assert list(frozenset(layers)) == sorted(layers, key=hash)
-        results.append(token_weights(received, frozenset(layers), 0.03))
-    assert torch.equal(*results)

@@ -106,7 +106,7 @@ def test_each_expert_is_solved_on_its_own_tokens(traced, calibration):
 
 @pytest.mark.parametrize("sequential", ["true", "block"])
 def test_calibration_that_reaches_few_experts_is_reported(traced, calibration, sequential):
-    _, step = quantized(traced, calibration[:1, :20], sequential=sequential, token_weighting="attention")
+    _, step = quantized(traced, calibration[:1, :20], sequential=sequential, token_weighting="gradient")
     for report in step.reports:
         if "experts" in report.name:
             assert report.method == "rtn" and "were rounded to nearest" in report.note

@@ -96,7 +96,7 @@ def test_events_are_json_without_nan(fake: None, capsys: pytest.CaptureFixture[s
         (["--mse"], "mse", True),
         (["--sequential", "block"], "sequential", "block"),
         (["--quantize-lm-head"], "quantize_lm_head", True),
-        (["--token-weighting", "attention"], "token_weighting", "attention"),
+        (["--token-weighting", "none"], "token_weighting", "none"),
         (["--method", "rtn"], "method", "rtn"),
         (["--avg-bits", "3.5"], "avg_bits", 3.5),
         (["--max-size", "90MB"], "max_size", 90_000_000),

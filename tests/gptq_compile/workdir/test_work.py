@@ -74,8 +74,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
 
 def test_what_changed_is_named(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(interrupted, tmp_path)
-    assert main(command(folder, "--resume", "--wbits", "3", "--damp", "0.1")) == 2
-    assert "wbits was 4, is 3; damp was 0.01, is 0.1. Run the command" in capsys.readouterr().err
+    assert main(command(folder, "--resume", "--wbits", "3", "--damp", "0.2")) == 2
+    assert "wbits was 4, is 3; damp was 0.1, is 0.2. Run the command" in capsys.readouterr().err
     (folder / "text.txt").write_text(TEXT.replace("fox", "cat"))
     assert main(command(folder, "--resume")) == 2
     said = capsys.readouterr().err

@@ -11,7 +11,6 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import factorize
 from gptq_compile.passes.gptq.grid import fit_groups
 from gptq_compile.passes.gptq.hessian import Hessian
-from gptq_compile.passes.gptq.importance import received_attention
 from gptq_compile.passes.gptq.solver import solve
 
 pytest.importorskip("triton")
@@ -60,18 +59,6 @@ def test_searched_grids_equal_those_of_the_cpu(weighted: bool, bits: int, sym: b
     cpu = fit_groups(w, bits, sym, group, True, importance)
     gpu = fit_groups(w.cuda(), bits, sym, group, True, None if importance is None else importance.cuda())
     assert float((gpu.scales.cpu() != cpu.scales).float().mean()) < 0.01  # ties only
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"window": 70}, {"softcap": 3.0}, {"sinks": 8}, {"alibi_slopes": 8}])
-def test_received_attention_equals_that_of_the_cpu(dtype: torch.dtype, options: dict) -> None:
-    g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 600, 8, 80, generator=g).to(dtype), torch.randn(1, 600, 2, 80, generator=g).to(dtype)
-    kwargs = {n: torch.rand(v, generator=g) if n in ("sinks", "alibi_slopes") else v for n, v in options.items()}
-    cpu = received_attention((q.float(), k.float(), k, 0.3), kwargs, sequences=2)
-    there = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
-    gpu = received_attention((q.cuda(), k.cuda(), k, 0.3), there, sequences=2)
-    torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-6)
 
 
 def test_large_hessians_are_factored_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

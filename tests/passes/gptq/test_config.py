@@ -34,7 +34,7 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
         ({"sym": 1}, "sym is 1"),
         ({"act_order": None}, "act_order is None"),
         ({"token_weighting": ""}, "token_weighting is ''"),
-        ({"token_weighting": "gradient"}, "use one of attention, none"),
+        ({"token_weighting": "attention"}, "use one of gradient, none"),
         ({"token_strength": -1}, "token_strength is -1"),
         ({"avg_bits": 3.5, "max_size": 10}, "avg_bits and max_size were given"),
         ({"avg_bits": float("nan")}, "avg_bits is nan"),
@@ -52,7 +52,7 @@ def test_refusals(values: dict[str, Any], words: str) -> None:
 
 
 def test_round_trip() -> None:
-    config = QuantizeConfig(wbits=3, group_size=-1, sym=True, token_weighting="attention")
+    config = QuantizeConfig(wbits=3, group_size=-1, sym=True, token_weighting="gradient")
     assert QuantizeConfig.from_dict(config.as_dict()) == config
 
 
