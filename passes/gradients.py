@@ -34,6 +34,8 @@ from gptq_compile.passes.stages import live_values
 
 ops = torch.ops.gptq_compile
 
+_IGNORED = -100  # a token that the model reads but cannot predict; cross_entropy leaves it out
+
 
 def squared_gradients(
     program: Program, runner: Runner, batches: list[Batch], linears: list[Node]
@@ -143,7 +145,8 @@ class _Backward:
                 outputs, upstream = [values[n] for n in ends], [later[n] for n in ends]
             else:
                 logits = values[self.program.output].reshape(ids.numel(), -1).float()
-                outputs, upstream = [F.cross_entropy(logits[:-1], ids[1:].long(), reduction="sum")], None
+                known_ids = torch.where(ids < logits.shape[1], ids, _IGNORED)[1:].long()
+                outputs, upstream = [F.cross_entropy(logits[:-1], known_ids, reduction="sum")], None
                 del logits
             inside = [n for n in inside if values[n].requires_grad]
             wanted = {n: values[n] for n in inside} | leaves
