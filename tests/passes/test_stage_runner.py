@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from gptq_compile.errors import ConfigError
 from gptq_compile.frontend.trace import trace
-from gptq_compile.passes import gptq_quantize
+from gptq_compile.passes import memory_plan
 from gptq_compile.passes.budget import BudgetedQuantize
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
@@ -53,7 +53,7 @@ def test_batches_give_the_codes_of_single_sequences(
     program: Program, sequential: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single, _ = quantize(program, sequential=sequential)
-    monkeypatch.setattr(gptq_quantize, "sequences_per_call", lambda *_: 3)
+    monkeypatch.setattr(memory_plan, "sequences_per_call", lambda *_: 3)
     batched, step = quantize(program, sequential=sequential)
     for name, tensor in single.items():
         assert float((batched[name] != tensor).float().mean()) < 0.005, name  # ties only

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_rung_more_damping() -> None:
     h = gram(32, 64)
     lowest = float(torch.linalg.eigvalsh(h)[0])
     h -= (lowest + 0.05 * float(h.diagonal().mean())) * torch.eye(32, dtype=h.dtype)
-    stats = solve(weights(8, 32), h, CONFIG).stats
+    stats = solve(weights(8, 32), h, replace(CONFIG, damp=0.01)).stats
     assert stats.damp == pytest.approx(0.1)
     assert stats.reason is not None
     assert "damping raised to 0.1" in stats.reason
