@@ -241,8 +241,9 @@ class GptqQuantize(Pass):
             log.warning("Calibration tokens weigh the same, because the model has no gradient: %s", error)
             return lambda source, batch: None
         weights: dict[Node, list[Tensor]] = {}
-        for source, parts in squares.items():
-            mean = self.world.mean(torch.cat(parts))
+        for source in dict.fromkeys(n.args[0] for n in linears):  # in an order on which processes agree
+            parts = squares.get(source, [])
+            mean = self.world.mean(torch.cat([torch.zeros(0, device=self.device), *parts]))
             if mean > 0:
                 weights[source] = [1 + strength * part / mean for part in parts]
         return lambda source, batch: weights[source][batch] if source in weights else None

@@ -40,11 +40,11 @@ class World:
             hessian.all_reduce()
 
     def mean(self, values: Tensor) -> float:
-        """The mean over what all processes hold."""
+        """The mean over what all processes hold; 0 if that is nothing."""
         total = torch.stack([values.double().sum(), torch.tensor(float(values.numel()), device=values.device).double()])
         if self.size > 1:
             dist.all_reduce(total)
-        return float(total[0] / total[1])
+        return float(total[0] / total[1].clamp(min=1))
 
     def agree(self, value: T) -> T:
         """Rank 0's value: what each process measured for itself may differ in the last bits, and decisions must not."""
