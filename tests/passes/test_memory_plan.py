@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,9 +35,8 @@ def config(**settings) -> QuantizeConfig:
     return QuantizeConfig(**{"group_size": 32, "mse": False, **settings})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("sequences", "weighting"), [(20, "none"), (60, "gradient")])
-def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) -> None:
+def measure(sequences: int, weighting: str) -> None:
+    """Prints the measured and the planned peak of a walk, in bytes."""
     program = llama(hidden_size=512, intermediate_size=3072, num_hidden_layers=1, max_position_embeddings=1024)
     settings = config(token_weighting=weighting)
     ids = torch.randint(0, 250, (sequences, 512), generator=torch.Generator().manual_seed(0))
@@ -42,7 +45,19 @@ def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) ->
     with HostPeak() as peak:
         step.run(program)
     assert step.plan is not None
-    assert peak.bytes == pytest.approx(step.plan.peak, rel=0.15)
+    print(peak.bytes, step.plan.peak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sequences", "weighting"), [(60, "none"), (60, "gradient")])
+def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) -> None:
+    """In a process of its own: a heap that a thousand tests have used takes more than what is asked of it."""
+    code = f"from tests.passes.test_memory_plan import measure; measure({sequences}, {weighting!r})"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured, planned = map(int, done.stdout.split())
+    assert measured == pytest.approx(planned, rel=0.15)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "mixtral", "gpt2"])
