@@ -46,7 +46,10 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p gptq_compile -p gptq_compile.passes -p gptq_compile.kernels -p gptq_compile.runtime
+	@# The package as it is installed: passes, kernels and runtime are beside it in a checkout.
+	@rm -rf build/lint && mkdir -p build/lint/gptq_compile
+	@ln -s $(CURDIR)/gptq_compile/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/runtime build/lint/gptq_compile/
+	cd build/lint && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p gptq_compile
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

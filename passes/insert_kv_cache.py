@@ -120,4 +120,4 @@ def _symbols(program: Program, name: str, count: int) -> tuple[torch.SymInt, ...
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * count)
     example = torch.empty([5 + 2 * i for i in range(count)], device="meta")
     fake = program.fake_mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name))
-    return tuple(fake.shape)
+    return tuple(fake.shape)  # type: ignore[arg-type]

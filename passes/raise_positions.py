@@ -87,14 +87,14 @@ def _affine(program: Program, node: fx.Node, dim: int, values: dict[int, Tensor]
     """``position_ids * a + b`` in the shape of ``node``."""
     rank = node.meta["val"].dim()
     line = None
-    for n, value in values.items():
-        if value.dtype == torch.bool or value.shape[dim] != n:
+    for count, value in values.items():
+        if value.dtype == torch.bool or value.shape[dim] != count:
             return None
-        rows = value.movedim(dim, -1).reshape(-1, n).double()
+        rows = value.movedim(dim, -1).reshape(-1, count).double()
         if not torch.equal(rows, rows[:1].expand_as(rows)):
             return None
         start, step = float(rows[0, 0]), float(rows[0, 1] - rows[0, 0])
-        if not torch.equal(rows[0], start + step * torch.arange(n).double()):
+        if not torch.equal(rows[0], start + step * torch.arange(count).double()):
             return None
         if line not in (None, (start, step)):
             return None

@@ -52,7 +52,7 @@ def check_token_parallel(program: Program) -> dict[fx.Node, TokenAxis]:
             ) from None
         if axis is not None:
             axes[node] = axis
-    if (last := program.output).args[:1] and axes.get(last.args[0]) != TokenAxis(1):
+    if (last := program.output).args[:1] and axes.get(last.args[0]) != TokenAxis(1):  # type: ignore[arg-type]
         raise PassError("The program's logits are not one row per token.")
     return axes
 

@@ -46,7 +46,8 @@ def _first_position(p: AttentionParams, position: Any) -> Any:
 def _decode(case: Case, target: Target) -> Any:
     """One (token, key head, part of the context) per task, then a combine of the parts (flash decoding)."""
     p = AttentionParams.of(case)
-    n, dtype = case.rows, case.dtype
+    n: Any = case.rows  # known: `_accepts_decode` asks for it
+    dtype = case.dtype
     G, D, Dv, P, Hkv = p.group, p.head_dim, p.v_head_dim, p.page_size, p.kv_heads
     S = max(1, -(-_DECODE_TASKS // (n * Hkv)))
     num_pages, b, table = tm.symbol("num_pages"), tm.symbol("b"), tm.symbol("p")

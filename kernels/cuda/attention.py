@@ -282,8 +282,9 @@ def _attention(case: Case, target: Target, splits: int) -> Any:
 
 
 def _split(case: Case, target: Target) -> Any:
-    p = AttentionParams.of(case)
-    return _attention(case, target, max(2, min(_MOST_SPLITS, -(-_BLOCKS // (case.rows * p.kv_heads)))))
+    rows: Any = case.rows  # known where the context is split
+    blocks = rows * AttentionParams.of(case).kv_heads
+    return _attention(case, target, max(2, min(_MOST_SPLITS, -(-_BLOCKS // blocks))))
 
 
 def _accepts_split(case: Case, target: Target) -> Refusal | None:
