@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -49,6 +50,8 @@ from gptq_compile.passes.stages import (
 )
 
 log = logging.getLogger(__name__)
+
+_NO_DERIVATIVE = re.compile(r"derivative for|no autograd formula|does not require grad")  # torch's words for it
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
@@ -106,6 +109,7 @@ class GptqQuantize(Pass):
         self.world = World()
         self.memory_limit = memory_limit
         self.plan: MemoryPlan | None = None  # of the walk, once it has started
+        self.caveat: str | None = None  # what holds for every linear, for the reports
 
     def requires(self, program: Program) -> None:
         if self.config.method == "gptq" and (self.calibration is None or self.calibration.numel() == 0):
@@ -235,10 +239,11 @@ class GptqQuantize(Pass):
         try:
             linears = quantizable(program, self.config.quantize_lm_head)
             squares = squared_gradients(program, runner, batches, linears)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # torch's word for an op without a derivative
-            log.warning("Calibration tokens weigh the same, because the model has no gradient: %s", error)
+        except RuntimeError as error:
+            if not _NO_DERIVATIVE.search(str(error)):
+                raise
+            self.caveat = f"calibration tokens weigh the same, because the model has no gradient: {error}"
+            log.warning("GPTQ: %s", self.caveat)
             return lambda source, batch: None
         weights: dict[Node, list[Tensor]] = {}
         for source in dict.fromkeys(n.args[0] for n in linears):  # in an order on which processes agree
@@ -308,7 +313,7 @@ class GptqQuantize(Pass):
             error_rtn=known(stats.relative_error_rtn),
             damp=stats.damp,
             dead_columns=stats.dead_columns,
-            note=stats.reason,
+            note="; ".join(r for r in (stats.reason, self.caveat) if r) or None,
             seconds=round(stats.seconds, 4),
         )
         self.reports.append(report)

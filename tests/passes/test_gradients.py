@@ -90,6 +90,15 @@ def test_hessians_are_weighted_by_them(monkeypatch):
     assert len({round(float(w.max()), 3) for w in seen}) > 8  # and they differ
 
 
+def test_other_errors_of_the_gradients_are_not_hidden(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("gptq_compile.passes.gptq_quantize.squared_gradients", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        GptqQuantize(QuantizeConfig(group_size=16), torch.arange(32).reshape(2, 16)).run(traced(tiny_model("llama")))
+
+
 def test_a_model_without_gradients_is_quantized_with_equal_weights(monkeypatch, caplog):
     program = traced(tiny_model("llama"))
 
@@ -100,7 +109,9 @@ def test_a_model_without_gradients_is_quantized_with_equal_weights(monkeypatch, 
     ids = torch.arange(32).reshape(2, 16)
     equal = program.clone()
     GptqQuantize(QuantizeConfig(group_size=16, token_weighting="none"), ids).run(equal)
-    GptqQuantize(QuantizeConfig(group_size=16), ids).run(program)
+    step = GptqQuantize(QuantizeConfig(group_size=16), ids)
+    step.run(program)
     assert "aten::something" in caplog.text
+    assert all("aten::something" in (report.note or "") for report in step.reports)
     codes = [n for n in program.params if n.endswith(".codes")]
     assert codes and all(torch.equal(program.params.get(n), equal.params.get(n)) for n in codes)
