@@ -5,7 +5,8 @@ Evaluation: the first WINDOWS non-overlapping windows of 1,024 tokens, no BOS; e
 perplexity is exp(mean negative log-likelihood). Runs the traced program's reference ops (no TVM needed) on CPU or GPU::
 
     python benchmarks/quality.py MODEL --text wiki.test.txt --calibration ids.npy --device cuda \\
-        --setting wbits=4 group_size=128 --setting wbits=3 group_size=128 act_order=false token_weighting=none
+        --setting wbits=4 group_size=128 --setting wbits=3 group_size=128 act_order=false token_weighting=none \\
+        --setting wbits=4 group_size=128 tune_epochs=6
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from gptq_compile.passes.interpret import Interpreter
 from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
+from gptq_compile.passes.tune_scales import TuneScales
 
 
 @torch.no_grad()
@@ -142,12 +144,16 @@ def main() -> None:
             step.run(program)
         seconds = time.perf_counter() - start
         solve = sum(r.seconds for r in step.reports)
+        tune = TuneScales(step.config, base, calibration, args.device, note=lambda text: print(text, flush=True))
+        tune.run(program)
+        tuning = round(time.perf_counter() - start - seconds, 1)
         ppl = perplexity(program, windows, args.device)
         line = {
             **setting,
             "ppl": round(ppl, 3),
             "seconds": round(seconds, 1),
             "solve": round(solve, 1),
+            **({"tuning": tuning} if step.config.tune_epochs else {}),
         }
         print(json.dumps(line), flush=True)
         if args.out:

@@ -32,6 +32,7 @@ from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.quantize_experts import matrix_shape
 from gptq_compile.passes.stages import quantizable
+from gptq_compile.passes.tune_scales import TuneScales
 from gptq_compile.report.page import write_report
 from gptq_compile.report.record import Recorder
 from gptq_compile.workdir.work import Work
@@ -103,7 +104,7 @@ class CompileResult:
     Attributes:
         out: the artifact, or None after ``stop_after`` or a dry run.
         plan: what was planned. ``seconds``: stage -> wall time. ``reports``: one a linear.
-        passes: one record a pass. ``size``: bytes of the artifact.
+        passes: one record a pass. ``size``: bytes of the artifact. ``tuning``: what tuning scales did, if asked for.
     """
 
     out: Path | None
@@ -112,6 +113,7 @@ class CompileResult:
     reports: list[LinearReport] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
     size: int = 0
+    tuning: dict[str, Any] | None = None
 
 
 class _Stopped(Exception):
@@ -191,8 +193,13 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
                 count, tokens = calibration.shape
                 memory = plan_memory(program, options.quantize, count, tokens, torch.device(options.resolved_device))
                 progress.note("memory: " + "; ".join(f"{what} {kept}" for what, kept in memory.lines()))
+            original = program.clone()  # shares the parameters, which are read when asked for
             quantize = _quantizer(options, calibration, progress, work)
             manager.run([quantize], program)
+        if options.quantize.tune_epochs:
+            with clock("tune"):
+                tune = TuneScales(options.quantize, original, calibration, options.resolved_device, progress.note)
+                manager.run([tune], program)
         if options.dequantized is not None:
             with clock("dequantize"):
                 again = work.claimed(options.dequantized)
@@ -221,7 +228,8 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             writer.add_file(source.generation_json(), "generation_config.json")
             writer.finish(manifest(program, source, options, lowered, built))
     size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
-    return CompileResult(options.out, plan, clock.seconds, quantize.reports, manager.records, size)
+    tuning = program.attrs.get("tuning")
+    return CompileResult(options.out, plan, clock.seconds, quantize.reports, manager.records, size, tuning)
 
 
 class _Clock:
@@ -297,6 +305,7 @@ def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Pla
             for p in [
                 *trace_passes(),
                 GptqQuantize(config),
+                *([TuneScales(config, program, None)] if config.tune_epochs else []),
                 *lowering_passes(options.resolved_target, options.resolved_dtype),
             ]
         ]

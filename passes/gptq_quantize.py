@@ -51,7 +51,7 @@ from gptq_compile.passes.stages import (
 
 log = logging.getLogger(__name__)
 
-_NO_DERIVATIVE = re.compile(r"derivative for|no autograd formula|does not require grad")  # torch's words for it
+NO_DERIVATIVE = re.compile(r"derivative for|no autograd formula|does not require grad")  # torch's words for it
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
@@ -240,7 +240,7 @@ class GptqQuantize(Pass):
             linears = quantizable(program, self.config.quantize_lm_head)
             squares = squared_gradients(program, runner, batches, linears)
         except RuntimeError as error:
-            if not _NO_DERIVATIVE.search(str(error)):
+            if not NO_DERIVATIVE.search(str(error)):
                 raise
             self.caveat = f"calibration tokens weigh the same, because the model has no gradient: {error}"
             log.warning("GPTQ: %s", self.caveat)

@@ -8,6 +8,7 @@
 3. Two transposes that undo each other go.
 4. Small integer powers become products.
 5. What depends on parameters alone and is not larger than them is folded into a parameter, evaluated when it is read.
+   ``attrs["shifted"]`` says which are a parameter plus a number, as Gemma's ``1 + w``: name -> (parameter, number).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gptq_compile.passes.common import Node
+from gptq_compile.passes.common import Node, is_param, number, terms
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.program import Program
 
@@ -202,6 +203,9 @@ class Normalize(Pass):
             if name in program.params:
                 continue
             _add_lazy(program, name, node)
+            for base, by in terms(node):
+                if is_param(base) and number(by) is not None:
+                    program.attrs.setdefault("shifted", {})[name] = (base.meta["param"], by)
             folded = program._placeholder(name)
             for user in list(node.users):
                 if user not in constant:

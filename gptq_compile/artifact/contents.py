@@ -45,6 +45,7 @@ def manifest(
         "quantization": {
             **options.as_dict(),
             **({"budget": program.attrs["budget"]} if "budget" in program.attrs else {}),
+            **({"tuning": program.attrs["tuning"]} if "tuning" in program.attrs else {}),
             "layers": layers_done,
         },
         "kv_cache": {

@@ -26,7 +26,7 @@ SHARD_BYTES = 5_000_000_000  # what save_pretrained used to cut at, and what the
 
 
 def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
-    """What a quantized program multiplies by, under the checkpoint's names.
+    """What a quantized program multiplies by, and the norm weights that were tuned, under the checkpoint's names.
 
     Args:
         program: after ``gptq_quantize`` and before ``pack_weights``.
@@ -48,6 +48,9 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
         made = dequantize_experts(codes, scales, zeros, bits, group)
         return made.transpose(1, 2).contiguous() if name.endswith(_TRANSPOSED) else made
 
+    def shifted(name: str, by: float) -> Tensor:
+        return params.get(name) - by
+
     found: dict[str, Callable[[], Tensor]] = {}
     for node in program.graph.nodes:
         if node.target is torch.ops.gptq_compile.quant_linear.default:
@@ -58,6 +61,9 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
             _, codes, scales, zeros, _, _, bits, group = node.args
             name = codes.meta["param"].removesuffix(".codes")
             found[name.removesuffix(_TRANSPOSED)] = partial(experts, name, (codes, scales, zeros), bits, group)
+    for name in program.attrs.get("tuned_norms", ()):
+        base, shift = program.attrs.get("shifted", {}).get(name, (name, 0))
+        found[base] = partial(shifted, name, shift)
     return found
 
 

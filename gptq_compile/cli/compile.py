@@ -199,6 +199,13 @@ def _quantization(group: argparse._ArgumentGroup) -> None:
         help=f"weight of gradients against equal weights (default: {default['token_strength']})",
     )
     _switch(group, "quantize_lm_head", "quantize the output projection too")
+    group.add_argument(
+        "--tune-epochs",
+        type=int,
+        metavar="N",
+        help="then tune scales and norm weights on the calibration tokens, N times through, so that predictions match "
+        f"the original model's; 6 is good, and costs no bits (default: {default['tune_epochs']})",
+    )
 
 
 def _calibration(group: argparse._ArgumentGroup) -> None:

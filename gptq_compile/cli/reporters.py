@@ -29,6 +29,7 @@ STAGES = {
     "raise": "recognising ops",
     "calibrate": "making calibration sequences",
     "quantize": "quantizing",
+    "tune": "tuning scales",
     "dequantize": "writing the dequantized model",
     "lower": "lowering",
     "kernels": "choosing kernels",

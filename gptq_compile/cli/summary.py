@@ -46,6 +46,8 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
         order += ["MSE grids"] if q.clips else []
         order += [f"token weighting by {q.token_weighting}"] if q.token_weighting != "none" else []
         _row(table, "method", f"GPTQ, {', '.join(order)}, damp {q.damp:g}, sequential {q.sequential}")
+        if q.tune_epochs:
+            _row(table, "then", f"scales and norm weights tuned on the calibration tokens, {q.tune_epochs} epochs")
         tokens = min(q.seqlen, plan.context_length)
         source = "text the model generates" if options.calibration == "self" else options.calibration
         _row(table, "calibration", f"{q.nsamples} x {tokens} tokens, {source}, seed {q.seed}")
@@ -84,6 +86,13 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
         )
     if damped := [r for r in result.reports if r.damp > 1.001 * q.damp]:
         _row(table, "damped more", f"{len(damped)} linears, first {damped[0].name}: {damped[0].damp:g}")
+    if tuning := result.tuning:
+        _row(
+            table,
+            "tuned scales",
+            tuning["kept_untuned"]
+            or f"divergence {tuning['divergence_before']:.3g} -> {tuning['divergence_after']:.3g} nats a token",
+        )
     if result.out is not None:
         _row(table, "artifact", f"{size(result.size)} in {result.out}")
         _row(table, "report", str(options.report_path))

@@ -79,13 +79,13 @@ class Work:
             yield cls(folder)
 
     def depend_on_settings(self, options: CompileOptions) -> None:
-        """Refuses to go on if anything that decides a solve was set otherwise; target and dtype do not."""
+        """Refuses to go on if anything that decides a solve was set otherwise; target, dtype and tuning do not."""
         if self._folder is None:
             return
         import torch
 
         settings = {
-            **options.quantize.as_dict(),
+            **{name: value for name, value in options.quantize.as_dict().items() if name != "tune_epochs"},
             "calibration": options.calibration,
             "device": torch.device(options.resolved_device).type,
             "gptq-compile": __version__,

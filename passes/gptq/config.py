@@ -56,6 +56,8 @@ class QuantizeConfig:
             sequences as the bound.
         compute_dtype: Type in which the calibration sequences run through the model. "auto" is float32 on a CPU, and on
             a GPU the type that the model's config names (float32 if it names none).
+        tune_epochs: Passes over the calibration sequences in which scales and norm weights are tuned end to end after
+            all codes are fixed, see `passes/tune_scales.py`; 0 leaves them as they were solved.
     """
 
     wbits: int = 4
@@ -78,6 +80,7 @@ class QuantizeConfig:
     max_size: int | None = None
     max_ppl_increase: float | None = None
     compute_dtype: str = "auto"
+    tune_epochs: int = 0
 
     def __post_init__(self) -> None:
         if not _is_int(self.wbits) or self.wbits not in BITS:
@@ -113,6 +116,10 @@ class QuantizeConfig:
             raise ConfigError(f"token_strength is {self.token_strength!r}; use a number of at least 0.")
         if not (math.isfinite(self.token_strength) and self.token_strength >= 0):
             raise ConfigError(f"token_strength is {self.token_strength!r}; it must be finite and at least 0.")
+        if not _is_int(self.tune_epochs) or self.tune_epochs < 0:
+            raise ConfigError(f"tune_epochs is {self.tune_epochs!r}; use a whole number of at least 0.")
+        if self.tune_epochs and self.method != "gptq":
+            raise ConfigError("tune_epochs tunes scales on calibration tokens, so the method must be gptq.")
 
         self._check_budget()
 

@@ -72,6 +72,22 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert [e["index"] for e in events if e["event"] == "linear"] == list(range(1, 15))
 
 
+def test_scales_are_tuned_from_kept_solves_as_from_new_ones(
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tuning is not a part of the work: a run that was started without it may end with it."""
+    folder = copied(interrupted, tmp_path)
+    tuned = ["--tune-epochs", "1", "--stop-after", "tune_scales", "--json"]
+    said = []
+    for more in (["--resume"], ["--work-dir", str(tmp_path / "other")]):
+        assert main(command(folder, *tuned, *more)) == 0
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        notes = [e["text"] for e in events if e["event"] == "note"]
+        said.append([n for n in notes if n.startswith("tuning:")])
+        assert any("taken over" in n for n in notes) == ("--resume" in more)
+    assert len(said[0]) == 3 and said[0] == said[1]
+
+
 def test_what_changed_is_named(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(interrupted, tmp_path)
     assert main(command(folder, "--resume", "--wbits", "3", "--damp", "0.2")) == 2
