@@ -5,8 +5,11 @@ Evaluation: the first WINDOWS non-overlapping windows of 1,024 tokens, no BOS; e
 perplexity is exp(mean negative log-likelihood). Runs the traced program's reference ops (no TVM needed) on CPU or GPU::
 
     python benchmarks/quality.py MODEL --text wiki.test.txt --calibration ids.npy --device cuda \\
-        --setting wbits=4 group_size=128 --setting wbits=3 group_size=128 act_order=false token_weighting=none \\
+        --setting wbits=4 group_size=128 act_order=false token_weighting=none \\
         --setting wbits=4 group_size=128 tune_epochs=6
+
+Besides the fields of QuantizeConfig a setting takes ``draw`` (another order of the calibration sequences), ``scales``
+and ``rounded_rows`` (see ``as_reference``).
 """
 
 from __future__ import annotations
@@ -103,6 +106,11 @@ def parse_setting(pairs: list[str]) -> dict[str, Any]:
     return out
 
 
+def sequence_order(draw: int, count: int) -> torch.Tensor:
+    """The order of ``count`` calibration sequences in a draw; draw 0 leaves them as they are."""
+    return torch.arange(count) if draw == 0 else torch.randperm(count, generator=torch.Generator().manual_seed(draw))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -138,8 +146,9 @@ def main() -> None:
     for setting in settings:
         program = base.clone()
         start = time.perf_counter()
-        options = {k: v for k, v in setting.items() if k not in ("scales", "rounded_rows")}
-        step = GptqQuantize(QuantizeConfig(**options), calibration, args.device)
+        options = {k: v for k, v in setting.items() if k not in ("scales", "rounded_rows", "draw")}
+        ids = calibration[sequence_order(setting.get("draw", 0), len(calibration))]
+        step = GptqQuantize(QuantizeConfig(**options), ids, args.device)
         with as_reference(setting.get("scales", "up"), setting.get("rounded_rows", True)):
             step.run(program)
         seconds = time.perf_counter() - start

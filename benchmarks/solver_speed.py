@@ -25,8 +25,8 @@ DAMP, BLOCK, BITS, GROUP = 0.01, 128, 4, 128
 
 
 @torch.no_grad()
-def plain_loop(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Dequantized weight [N, K] by the paper's algorithm 1, column by column."""
+def plain_loop(weight: Tensor, hessian: Tensor, bits: int = BITS, group_size: int = GROUP) -> Tensor:
+    """Dequantized weight [N, K] by the paper's algorithm 1, column by column; asymmetric min-max grids."""
     w, h = weight.float().clone(), hessian.clone()
     rows, columns = w.shape
     diagonal = torch.arange(columns, device=w.device)
@@ -35,15 +35,15 @@ def plain_loop(weight: Tensor, hessian: Tensor) -> Tensor:
     h = torch.cholesky_inverse(h)
     upper = torch.linalg.cholesky(h, upper=True)
     result = torch.zeros_like(w)
-    top = 2**BITS - 1
+    top = 2**bits - 1
     scale, zero = torch.zeros(rows, device=w.device), torch.zeros(rows, device=w.device)
     for i in range(0, columns, BLOCK):
         j = min(i + BLOCK, columns)
         block, errors, corner = w[:, i:j].clone(), torch.zeros(rows, j - i, device=w.device), upper[i:j, i:j]
         for c in range(j - i):
             column, pivot = block[:, c], corner[c, c]
-            if (i + c) % GROUP == 0:
-                group = w[:, i + c : i + c + GROUP]
+            if (i + c) % group_size == 0:
+                group = w[:, i + c : i + c + group_size]
                 low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
                 scale = ((high - low) / top).clamp(min=1e-12)
                 zero = torch.round(-low / scale)
