@@ -35,7 +35,7 @@ def near_greedy(engine: Engine, prompt: list[int], ours: list[int], theirs: list
     return bool(abs(row[ours[same]] - row[theirs[same]]) < gap)
 
 
-def check(engine: Engine, prompt: str, tokens: int, gap: float) -> dict[str, Any]:
+def check(engine: Engine, prompt: str, tokens: int, steps: int, gap: float) -> dict[str, Any]:
     """Runs every check; returns the figures."""
     rng = np.random.default_rng(0)
     vocab = engine.manifest.vocab_size
@@ -44,7 +44,7 @@ def check(engine: Engine, prompt: str, tokens: int, gap: float) -> dict[str, Any
     pages = engine.cache.free_pages
 
     # Decoding kernels read pages that prefill wrote and the other way round.
-    text = (ids * (1 + 150 // len(ids)))[: min(150, engine.context_length)]
+    text = (ids * (1 + steps // len(ids)))[: min(steps, engine.context_length)]
     a, b = engine.logits(text), engine.logits(text, step=True)
     if not np.isfinite(a).all():
         raise AssertionError("logits are not finite")
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("artifact", type=pathlib.Path)
     parser.add_argument("--device")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=150, help="tokens whose logits are compared, prefill with steps")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--gap", type=float, default=1e-2, help="largest logit gap that counts as rounding")
     arguments = parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> None:
     began = time.perf_counter()
     with Engine.load(arguments.artifact, arguments.device) as engine:
         loaded = time.perf_counter() - began
-        found = check(engine, arguments.prompt, arguments.tokens, arguments.gap)
+        found = check(engine, arguments.prompt, arguments.tokens, arguments.steps, arguments.gap)
     sys.stdout.write(json.dumps({"load_seconds": round(loaded, 2), **found}) + "\n")
 
 
