@@ -53,6 +53,7 @@ aten = torch.ops.aten
 
 _RATE = 5e-3
 _BETAS = (0.9, 0.95)
+_EPSILON = 1e-8  # against a gradient of the mean over tokens
 _WARM_UP = 0.05  # of all steps
 _SEQUENCES = 4  # of a step
 _LEAST = 0.1  # of its start: a scale never gets smaller
@@ -191,7 +192,9 @@ class _Tuning:
             return _Outcome(before, math.nan, {})
         note(f"tuning: divergence {before:.4g} nats a token before")
         count, tokens = self.calibration.shape
-        adam = torch.optim.Adam(list(student.theta.values()), lr=_RATE, betas=_BETAS)
+        # Gradients of sums, which half precision holds, so that epsilon is a sum as well.
+        epsilon = _EPSILON * _SEQUENCES * tokens
+        adam = torch.optim.Adam(list(student.theta.values()), lr=_RATE, betas=_BETAS, eps=epsilon)
         steps, step = epochs * math.ceil(count / _SEQUENCES), 0
         order = torch.Generator().manual_seed(self.config.seed)
         for epoch in range(1, epochs + 1):
@@ -199,9 +202,9 @@ class _Tuning:
             for chosen in torch.randperm(count, generator=order).split(_SEQUENCES):
                 for part in chosen.split(self.per_call):
                     with torch.enable_grad():
-                        loss = self.loss(part.tolist(), tape=True) / (len(chosen) * tokens)
+                        loss = self.loss(part.tolist(), tape=True)
                         loss.backward()
-                    total += loss.detach() * len(chosen) * tokens
+                    total += loss.detach()
                 warm = min(1.0, (step + 1) / max(1.0, steps * _WARM_UP))
                 for group in adam.param_groups:
                     group["lr"] = _RATE * warm * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -122,4 +122,9 @@ def _settings(q: dict[str, Any]) -> str:
         words += ["act-order"] if q.get("act_order") else []
         words += [f"damp {q.get('damp')}", f"sequential {q.get('sequential')}"]
         words += [f"calibrated on {q.get('nsamples')} x {q.get('seqlen')} tokens of {q.get('calibration')}"]
+        if (tuning := q.get("tuning")) and not tuning["kept_untuned"]:
+            words += [
+                f"scales tuned in {tuning['epochs']} epochs, divergence {tuning['divergence_before']:.3g} -> "
+                f"{tuning['divergence_after']:.3g} nats a token"
+            ]
     return ", ".join(words)

@@ -53,7 +53,7 @@ class QuantizeConfig:
             scales and zero points included; `wbits` is not read then, and `group_size` is the largest group.
         max_size: The same with the bytes of all weights of the artifact as the bound.
         max_ppl_increase: The same with the relative increase of perplexity (0.05 is 5 %) on held-out calibration
-            sequences as the bound.
+            sequences as the bound, measured before scales are tuned.
         compute_dtype: Type in which the calibration sequences run through the model. "auto" is float32 on a CPU, and on
             a GPU the type that the model's config names (float32 if it names none).
         tune_epochs: Passes over the calibration sequences in which scales and norm weights are tuned end to end after

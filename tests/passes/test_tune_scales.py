@@ -158,6 +158,14 @@ def test_sequences_that_run_together_give_the_same(
     assert four.attrs["tuning"]["divergence_after"] == pytest.approx(one.attrs["tuning"]["divergence_after"], rel=1e-3)
 
 
+def test_what_does_not_fit_is_read_again(
+    original: Program, quantized: Program, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tune(original, quantized, calibration, tune_epochs=1)
+    monkeypatch.setattr(tune_scales._Student, "_fits", lambda self: False)
+    assert same(held, tune(original, quantized, calibration, tune_epochs=1))
+
+
 def test_permuted_symmetric_groups_are_tuned_too(original: Program, calibration: Tensor) -> None:
     config = replace(CONFIG, group_size=16, static_groups=False, sym=True)
     quantized = quantize(original, config, calibration)
@@ -282,6 +290,8 @@ def test_from_the_command_line_to_the_artifact(
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "tuned on the calibration tokens, 1 epochs" in printed and "tuning: epoch 1 of 1" in printed
+    assert main(["inspect", str(out)]) == 0
+    assert "scales tuned in 1 epochs, divergence " in " ".join(capsys.readouterr().out.split())
     manifest = json.loads((out / "manifest.json").read_text())["quantization"]
     assert manifest["tune_epochs"] == 1 and manifest["tuning"]["kept_untuned"] is None
     assert manifest["tuning"]["divergence_after"] < manifest["tuning"]["divergence_before"]
