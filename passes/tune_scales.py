@@ -163,9 +163,11 @@ class _Original:
         self.runner, self.output = runner, runner.program.output
         self.calibration = calibration
         self.batches = runner.batches(calibration, 1)
-        *first, (self.last, _) = stretches_of(runner.program)
-        for nodes, live in first:
+        stretches = stretches_of(runner.program)
+        self.last = stretches[-1][0]
+        for (nodes, live), (after, _) in itertools.pairwise(stretches):
             loaded = runner.load(nodes, {})
+            runner.prefetch(params_of(after))
             for batch in self.batches:
                 runner.keep(batch, runner.run(batch.values, nodes, live, loaded))
         self.loaded = runner.load(self.last, {})

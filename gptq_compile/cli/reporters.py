@@ -242,6 +242,7 @@ class JsonReporter(_Timed):
             passes=[dataclasses.asdict(p) for p in result.passes],
             error=errors[0] if errors else None,
             error_rtn=errors[1] if errors else None,
+            tuning=result.tuning,
             command=summary.run_command(result.out) if result.out is not None else None,
         )
 

@@ -216,6 +216,15 @@ def test_a_model_without_derivative_stays_as_it_is(
     assert "aten::something" in program.attrs["tuning"]["kept_untuned"]
 
 
+def test_predictions_that_are_not_finite_are_said(
+    original: Program, quantized: Program, calibration: Tensor, caplog: Any
+) -> None:
+    broken = quantized.clone()
+    broken.params.set("model.norm.weight", torch.full((64,), float("nan")))
+    assert not TuneScales(CONFIG, original, calibration).run(broken)
+    assert "are not finite" in caplog.text and broken.attrs["tuning"]["divergence_before"] is None
+
+
 def test_other_errors_are_not_hidden(
     original: Program, quantized: Program, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +299,7 @@ def test_from_the_command_line_to_the_artifact(
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "tuned on the calibration tokens, 1 epochs" in printed and "tuning: epoch 1 of 1" in printed
+    assert "tuned scales divergence" in printed
     assert main(["inspect", str(out)]) == 0
     assert "scales tuned in 1 epochs, divergence " in " ".join(capsys.readouterr().out.split())
     manifest = json.loads((out / "manifest.json").read_text())["quantization"]
