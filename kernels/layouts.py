@@ -225,12 +225,12 @@ Layout = LaneInterleaved | RowWords | FragmentTiles
 
 
 def layout_for(case: Case, target: Target) -> Layout:
-    """Returns the packed layout of a ``quant_linear`` case on a target.
+    """Returns the packed layout of a ``quant_linear`` (or ``fused_linear``) case on a target.
 
     Raises:
-        ConfigError: if the case is not a quant_linear.
+        ConfigError: if the case is neither.
     """
-    if case.op != "quant_linear":
+    if case.op not in ("quant_linear", "fused_linear"):
         raise ConfigError(f"Only quant_linear has a packed layout, not {case.op}.")
     if target.kind == "cpu":
         return LaneInterleaved()

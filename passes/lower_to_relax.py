@@ -8,6 +8,7 @@ each entry gets the kernels that suit its size.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from gptq_compile.errors import PassError
 from gptq_compile.kernels.registry import Case, Selection, select
 from gptq_compile.kernels.target import Target
-from gptq_compile.passes import lower_experts
+from gptq_compile.passes import fusion, lower_experts
 from gptq_compile.passes.common import Node, with_defaults
 from gptq_compile.passes.dialect import packed_case
 from gptq_compile.passes.evaluate import PAGE_SIZE
@@ -139,6 +140,8 @@ class _Entry:
         }
         if caches:
             self.symbols[str(caches[0].meta["val"].shape[0])] = var("pages")
+        self.groups = fusion.plan(program, kernels.target, batch, self.count)
+        self.needed = fusion.needed(program, self.groups)
 
     def _cache_nodes(self) -> list[Node]:
         inputs = self.program.inputs
@@ -196,11 +199,10 @@ class _Entry:
             with self.builder.dataflow():
                 self._bind(params, caches, weights)
                 for node in program.graph.nodes:
-                    if node.op == "call_function":
+                    if node.op == "call_function" and node in self.needed:
                         self._lower(node)
-                logits = self.env[program.output]
-                logits = relax.op.reshape(logits, [rows, dim(program.output.meta["val"].shape[-1])])
-                logits = self.builder.emit(logits)
+                shape = [rows, dim(program.output.meta["val"].shape[-1])]
+                logits = self.importer.reshape(self.env[program.output], shape)
                 if _dtype(program.output) != "float32":
                     logits = self.builder.emit(relax.op.astype(logits, "float32"))
                 out = self.builder.emit_output(logits)
@@ -230,7 +232,9 @@ class _Entry:
             return  # computed together with its operand
         rule = _RULES.get(node.target)
         try:
-            if rule is not None:
+            if node in self.groups:
+                self.env[node] = fusion.emit(self, self.groups[node])
+            elif rule is not None:
                 self.env[node] = rule(self, node)
             else:
                 self.env[node] = self.importer.translate(node)
@@ -245,18 +249,34 @@ class _Entry:
 
     def flat(self, node: Node, trailing: int = 1) -> Any:
         """The value with its leading axes merged into one, keeping the last ``trailing``."""
-        from gptq_compile.kernels.tvm_env import relax
+        shape, rows = self.shape(node), self.leading(node, trailing)
+        return self.importer.reshape(self.env[node], [rows, *shape[len(shape) - trailing :]]), rows
 
-        shape = self.shape(node)
+    def leading(self, node: Node, trailing: int = 1) -> Any:
+        """The product of all axes but the last ``trailing``."""
         rows: Any = 1
-        for d in shape[: len(shape) - trailing]:
+        for d in self.shape(node)[: node.meta["val"].dim() - trailing]:
             rows = d if isinstance(rows, int) and rows == 1 else rows * d
-        return self.builder.emit(relax.op.reshape(self.env[node], [rows, *shape[len(shape) - trailing :]])), rows
+        return rows
+
+    def count(self, node: Node) -> int | None:
+        """Rows of a value, if that is a number."""
+        rows = self.leading(node)
+        return rows if isinstance(rows, int) else None
+
+    def whole_rows(self, node: Node) -> Any:
+        """The value as rows: all features of a token, also where heads are an axis of their own."""
+        shape = self.shape(node)
+        if len(shape) < 4:
+            return self.flat(node)[0]
+        return self.importer.reshape(self.env[node], [shape[1], math.prod(int(d) for d in shape[2:])])
+
+    def argument(self, node: Node) -> Any:
+        """The value as kernels take it: positions come as they are passed in, without the program's widening."""
+        return self.positions if node.name == "position_ids" else self.env[node]
 
     def shaped(self, value: Any, node: Node) -> Any:
-        from gptq_compile.kernels.tvm_env import relax
-
-        return self.builder.emit(relax.op.reshape(value, self.shape(node)))
+        return self.importer.reshape(value, self.shape(node))
 
     def emit_rows(self, node: Node, case: Callable[..., Case], x: Node, extra: list[Node | None], width: int) -> Any:
         """Runs a row kernel ``(x[m, C], extra..., out[m, width])`` and restores the node's shape."""

@@ -36,6 +36,7 @@ class Importer:
         self._tvm = ExportedProgramImporter()
         self._tvm.block_builder = builder
         self.env: dict[Node, Any] = self._tvm.env
+        self._reshaped: dict[Any, Any] = {}  # what a reshape made -> what it was made of
 
     def translate(self, node: Node) -> Any:
         """The Relax value of a node; its operands are in ``env``.
@@ -74,6 +75,15 @@ class Importer:
     def emit(self, expr: Any) -> Any:
         return self.builder.emit(expr)
 
+    def reshape(self, value: Any, shape: list[Any]) -> Any:
+        """A value in another shape. Of a reshape of a reshape only the last is left, and none that changes nothing."""
+        source = self._reshaped.get(value, value)
+        if [str(d) for d in source.ty.shape] == [str(d) for d in shape]:
+            return source
+        out = self.emit(relax.op.reshape(source, shape))
+        self._reshaped[out] = source
+        return out
+
     def value(self, arg: Any, dtype: torch.dtype) -> Any:
         """An operand: a node's value cast to ``dtype``, or a constant of that dtype."""
         name = str(dtype).removeprefix("torch.")
@@ -84,7 +94,7 @@ class Importer:
 
 
 def _reshape(i: Importer, node: Node) -> Any:
-    return i.emit(relax.op.reshape(i.env[node.args[0]], i.shape(node)))
+    return i.reshape(i.env[node.args[0]], i.shape(node))
 
 
 def _expand(i: Importer, node: Node) -> Any:

@@ -11,7 +11,7 @@ from gptq_compile.kernels import tirx_math as tm
 from gptq_compile.kernels.activations import ACTIVATIONS, refuse_activation
 from gptq_compile.kernels.attention_params import refuse_dtype
 from gptq_compile.kernels.cpu.norms import row_loop
-from gptq_compile.kernels.registry import Case, Kernel
+from gptq_compile.kernels.registry import Case, Kernel, Refusal
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import T
 
@@ -35,6 +35,10 @@ def _gated(case: Case, target: Target) -> Any:
     return gated_act
 
 
-KERNELS = (
-    Kernel("cpu.gated_act", "gated_act", lambda case, target: refuse_activation(case) or refuse_dtype(case), _gated),
-)
+def _accepts(case: Case, target: Target) -> Refusal | None:
+    if case.get("width") is not None:
+        return Refusal("takes factors in tensors of their own")
+    return refuse_activation(case) or refuse_dtype(case)
+
+
+KERNELS = (Kernel("cpu.gated_act", "gated_act", _accepts, _gated),)

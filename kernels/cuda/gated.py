@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gptq_compile.kernels import tirx_math as tm
@@ -19,14 +20,16 @@ _THREADS = 128
 
 
 def _gated(case: Case, target: Target) -> Any:
+    """Factors begin at features `at` and `up_at` of rows of `width` and `up_width`; by default of their own tensors."""
     m, F, dtype = tm.rows(case, "m"), int(case["features"]), case.dtype
     out_dtype = str(case.get("out_dtype", dtype))
     act = ACTIVATIONS[case["act"]]
-    L = vector_width(F, dtype)
+    W, at, UW, up_at = (int(case.get(*pair)) for pair in (("width", F), ("at", 0), ("up_width", F), ("up_at", 0)))
+    L = vector_width(math.gcd(F, W, at, UW, up_at), dtype)
     chunks = F // L
 
     @T.prim_func(s_tir=True)
-    def gated_act(gate: T.Buffer((m, F), dtype), up: T.Buffer((m, F), dtype), out: T.Buffer((m, F), out_dtype)):
+    def gated_act(gate: T.Buffer((m, W), dtype), up: T.Buffer((m, UW), dtype), out: T.Buffer((m, F), out_dtype)):
         for row in T.thread_binding(m, thread="blockIdx.x"):
             for by in T.thread_binding((chunks + _THREADS - 1) // _THREADS, thread="blockIdx.y"):
                 for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
@@ -35,9 +38,9 @@ def _gated(case: Case, target: Target) -> Any:
                         b = T.alloc_buffer((L,), dtype, scope="local")
                         c = T.alloc_buffer((L,), out_dtype, scope="local")
                         for v in T.vectorized(L):
-                            a[v] = gate[row, (by * _THREADS + tx) * L + v]
+                            a[v] = gate[row, at + (by * _THREADS + tx) * L + v]
                         for v in T.vectorized(L):
-                            b[v] = up[row, (by * _THREADS + tx) * L + v]
+                            b[v] = up[row, up_at + (by * _THREADS + tx) * L + v]
                         for v in T.unroll(L):
                             c[v] = T.Cast(out_dtype, act(T.Cast("float32", a[v])) * T.Cast("float32", b[v]))
                         for v in T.vectorized(L):

@@ -159,6 +159,7 @@ def _first(accepts: Callable[[Case, Target], Refusal | None]) -> Callable[[Case,
 
 
 KERNELS = (
+    Kernel("cuda.fused_linear.stream", "fused_linear", _first(tile_linear.accepts_fused), tile_linear.build_stream),
     Kernel("cuda.quant_linear.stream", "quant_linear", _first(tile_linear.accepts_stream), tile_linear.build_stream),
     Kernel("cuda.quant_linear.prefill", "quant_linear", _first(tile_linear.accepts_prefill), tile_linear.build_prefill),
     Kernel("cuda.quant_linear.plain_tiles", "quant_linear", _first(tile_linear.accepts_plain), tile_linear.build_plain),

@@ -31,6 +31,7 @@ _GATHERED = 8192
 
 def _sample(case: Case, target: Target) -> Any:
     b, V, N, M = tm.rows(case, "b"), vocabulary(case), _THREADS, _GATHERED
+    L = tm.lanes(V, 4)
 
     @T.inline
     def items_from(result, values, count, low, top, divisor, weighted, shared, tx):
@@ -107,6 +108,9 @@ def _sample(case: Case, target: Target) -> Any:
                 shared_f = T.alloc_buffer((_WARPS,), "float32", scope="shared")
                 shared_i = T.alloc_buffer((_WARPS,), "int64", scope="shared")
                 mine = T.alloc_buffer((1,), "float32", scope="local")
+                best = T.alloc_buffer((1,), "int32", scope="local")
+                bad = T.alloc_buffer((1,), "int32", scope="local")
+                several = T.alloc_buffer((L,), "float32", scope="local")
                 top = T.alloc_buffer((1,), "float32", scope="local")
                 low = T.alloc_buffer((1,), "float32", scope="local")
                 result = T.alloc_buffer((1,), "int64", scope="local")
@@ -116,12 +120,20 @@ def _sample(case: Case, target: Target) -> Any:
                 prefix = T.alloc_buffer((1,), "int64", scope="local")
                 begin = T.alloc_buffer((1,), "int32", scope="local")
                 size = T.alloc_buffer((1,), "int32", scope="local")
-                mine[0] = logits[row, 0]
-                result[0] = T.int64(0)
-                for i in range((V + N - 1) // N):
-                    if i * N + tx < V:
-                        mine[0] = T.max(mine[0], logits[row, i * N + tx])
-                        result[0] = result[0] + T.Cast("int64", sm.invalid(logits[row, i * N + tx]))
+                # Minus infinity: the bound for top_k needs a maximum of the thread's own logits.
+                mine[0] = T.reinterpret("float32", T.uint32(0xFF800000))
+                best[0] = 0
+                bad[0] = 0
+                for i in range((V + N * L - 1) // (N * L)):
+                    if (i * N + tx) * L < V:
+                        for v in T.vectorized(L):
+                            several[v] = logits[row, (i * N + tx) * L + v]
+                        for v in T.unroll(L):
+                            bad[0] = bad[0] + T.Cast("int32", sm.invalid(several[v]))
+                            if several[v] > mine[0]:
+                                mine[0] = several[v]
+                                best[0] = (i * N + tx) * L + v
+                result[0] = T.Cast("int64", bad[0])
                 top[0] = mine[0]
                 block_max(top, shared_f, tx, N)
                 block_sum(result, shared_i, tx, N)
@@ -130,12 +142,10 @@ def _sample(case: Case, target: Target) -> Any:
                         out[row] = -1
                 else:
                     if temperature[row] <= T.float32(0):
-                        # The largest of minus the index is the lowest index.
-                        result[0] = T.int64(-(1 << 40))
-                        for i in range((V + N - 1) // N):
-                            if i * N + tx < V:
-                                if logits[row, i * N + tx] == top[0]:
-                                    result[0] = T.max(result[0], T.int64(0) - T.Cast("int64", i * N + tx))
+                        # The largest of minus the index is the lowest index; every thread kept the first of its own.
+                        result[0] = T.Select(
+                            mine[0] == top[0], T.int64(0) - T.Cast("int64", best[0]), T.int64(-(1 << 40))
+                        )
                         block_max(result, shared_i, tx, N)
                         if tx == 0:
                             out[row] = T.Cast("int32", T.int64(0) - result[0])

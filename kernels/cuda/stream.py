@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import tile_source
+from gptq_compile.kernels.cuda import stream_input, tile_source
+from gptq_compile.kernels.cuda.stream_input import Input
 from gptq_compile.kernels.words import Grouping
 
 UNIT = 128
@@ -46,12 +47,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """The problem: x [rows, K] times W [N, K] with the groups of `grouping`."""
+    """The problem: x [rows, K] times W [N, K] with the groups of `grouping`.
+
+    Attributes:
+        made: how x comes about.
+        dependent: the kernel is launched while the one before it runs: it asks for weights first, then waits.
+    """
 
     rows: int
     out_features: int
     grouping: Grouping
     has_zeros: bool
+    made: Input = stream_input.AS_IT_IS
+    dependent: bool = False
 
     @property
     def row_tiles(self) -> int:
@@ -76,7 +84,7 @@ def slot_bytes(shape: Shape, config: Config) -> int:
 
 
 def shared_bytes(shape: Shape, config: Config) -> int:
-    """Returns the shared memory of a block: rings, activations, their sums, partial results."""
+    """Returns the shared memory of a block: rings, activations, their sums, statistics of rows, partial results."""
     warps = config.tiles * config.splits
     runs = UNIT // shape.run
     columns = _columns(shape.rows)
@@ -84,7 +92,18 @@ def shared_bytes(shape: Shape, config: Config) -> int:
     x = shape.rows * (shape.units * UNIT + 32) * 2
     sums = shape.rows * shape.units * runs * 4
     partial = 2 * warps * config.height * 16 * columns * 4 if config.splits > 1 else 0
-    return ring + x + -(-sums // 16) * 16 + partial
+    return ring + x + -(-sums // 16) * 16 + _scratch(shape, config) + partial
+
+
+def _scratch(shape: Shape, config: Config) -> int:
+    """Returns the bytes that the warps of a block need to add up the statistics of a norm."""
+    needed = config.tiles * config.splits * shape.rows * 4 if shape.made.kind in stream_input.NORMS else 0
+    return -(-needed // 16) * 16
+
+
+def held(shape: Shape, config: Config) -> int:
+    """Returns the pieces of eight activations that a thread stages."""
+    return -(-shape.rows * shape.units * 16 // (32 * config.tiles * config.splits))
 
 
 def _columns(rows: int) -> int:
@@ -113,6 +132,9 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
         for depth in range(min(deepest, steps + 1), min(3, steps + 1) - 1, -1):
             config = Config(tiles, splits, height, depth)
             if shared_bytes(shape, config) <= limit:
+                norm = shape.made.kind in stream_input.NORMS
+                if norm and held(shape, config) > stream_input.MOST_HELD[shape.made.kind]:
+                    return None
                 return config
         if tiles > 1:
             tiles //= 2
@@ -122,8 +144,11 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
             return None
 
 
-def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: str) -> str:
-    """Returns CUDA text with ``name::run(x, q, scales, [zeros], [bias], out, shared)``."""
+def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: str, has_residual: bool = False) -> str:
+    """Returns CUDA text with ``name::run(x.., q, scales, [zeros], [bias], [residual], out, shared)``.
+
+    The parameters in the place of x are those of ``shape.made``; the residual is float32 [rows, N] and added.
+    """
     bits, grouping = shape.grouping.bits, shape.grouping
     constants = {
         "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
@@ -132,13 +157,24 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
         "T": config.tiles, "S": config.splits, "R": config.height, "D": config.depth,
         "SLOT": slot_bytes(shape, config), "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape.rows),
         "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
+        "MOST_HELD": stream_input.MOST_HELD[shape.made.kind], "SCRATCH": _scratch(shape, config),
         "LOW": 24 - tile_source.exponent(bits, 0), "HIGH": 24 - tile_source.exponent(bits, 1),
     }  # fmt: skip
     text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
     zeros = "const unsigned char* __restrict__ zeros, " if shape.has_zeros else ""
     bias = "const half* __restrict__ bias, " if has_bias else ""
+    residual = "const float* __restrict__ residual, " if has_residual else ""
+    parameters = shape.made.parameters
     body = (
-        _BODY.replace("@ZEROS@", zeros)
+        _BODY.replace("@INPUT@", stream_input.source(shape.made))
+        .replace("@SOURCE@", "".join(f"const {kind}* __restrict__ {key}, " for key, kind in parameters))
+        .replace("@ARGUMENTS@", ", ".join(key for key, _ in parameters))
+        .replace("@RESIDUAL@", residual)
+        .replace("@ADD_RESIDUAL@", "v += residual[(long long)m * N + row];" if has_residual else "")
+        .replace("@DEPENDENT@", str(shape.dependent).lower())
+        .replace("@LET_NEXT_START@", "gq_let_next_start();" if shape.dependent else "")
+        .replace("@WAIT_FOR_PREVIOUS@", "gq_wait_for_previous();" if shape.dependent else "")
+        .replace("@ZEROS@", zeros)
         .replace("@BIAS@", bias)
         .replace("@OUT@", out_type)
         .replace("@ADD_BIAS@", "v += __half2float(bias[row]);" if has_bias else "")
@@ -147,24 +183,21 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
         .replace("@ZEROS_POINTER@", "zeros" if shape.has_zeros else "nullptr")
     )
     head = tile_source.PTX + tile_source.COMMON + tile_source.fragments(bits)
+    head += tile_source.LAUNCH if shape.dependent else ""
     return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"
 
 
 _BODY = """
 constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = UNITS * 128 + 32;
 constexpr int ACCUMULATORS = RUN == 32 ? 4 : 2;
-constexpr bool ONE = M == 1, HAS_ZEROS = @HAS_ZEROS@;
+constexpr bool ONE = M == 1, HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
 constexpr int SUPERS = (TILES + R - 1) / R;
 constexpr int PIECES = UNITS * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
 constexpr int SCALE_AT = R * BITS * 256, ZERO_AT = SCALE_AT + R * RUNS * 32;
 constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + M * STRIDE * 2;
-constexpr int PARTIAL_AT = SUMS_AT + (M * UNITS * RUNS * 4 + 15) / 16 * 16;
+constexpr int SCRATCH_AT = SUMS_AT + (M * UNITS * RUNS * 4 + 15) / 16 * 16, PARTIAL_AT = SCRATCH_AT + SCRATCH;
 
-__device__ __forceinline__ uint4 piece(const half* x, int j) {
-  int k = j % PIECES * 8;
-  return j < M * PIECES && k < K ? gq_read16(x + (long long)(j / PIECES) * K + k) : make_uint4(0u, 0u, 0u, 0u);
-}
-
+@INPUT@
 // Stages sixteen bytes of x and adds up the codes of a run across the lanes that hold it.
 __device__ __forceinline__ void stage(uint4 v, int j, half* staged, float* sums) {
   float s = 0.f;
@@ -178,9 +211,8 @@ __device__ __forceinline__ void stage(uint4 v, int j, half* staged, float* sums)
   if (j % (RUN / 8) == 0) sums[j / PIECES * UNITS * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
 }
 
-__device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* __restrict__ q,
-                                    const half* __restrict__ scales, @ZEROS@@BIAS@@OUT@* __restrict__ out,
-                                    unsigned char* shared) {
+__device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, const half* __restrict__ scales,
+                                    @ZEROS@@BIAS@@RESIDUAL@@OUT@* __restrict__ out, unsigned char* shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int part = warp / S, split = warp % S, blocks = gridDim.x;
   unsigned char* ring = shared + warp * D * SLOT;
@@ -189,11 +221,20 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   float* partial = reinterpret_cast<float*>(shared + PARTIAL_AT);
   const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
 
-  // The activations' loads go first, or they would queue behind the weights.
-  uint4 held[HELD <= 8 ? HELD : 1];
-  if constexpr (HELD <= 8) {
+  const Source origin = {@ARGUMENTS@};
+  constexpr bool KEPT = HELD <= MOST_HELD;
+  Before before_held[KEPT ? HELD : 1];
+  Held held[KEPT ? HELD : 1];
+  Row statistics_of[STATISTICS ? M : 1];
+  @LET_NEXT_START@
+  if constexpr (KEPT) {
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) held[i] = piece(x, i * THREADS + threadIdx.x);
+    for (int i = 0; i < HELD; ++i) before(before_held[i], origin, i * THREADS + threadIdx.x);
+    // The activations' loads go first, or they would queue behind the weights; but not before they are there.
+    if constexpr (!DEPENDENT) {
+#pragma unroll
+      for (int i = 0; i < HELD; ++i) take(held[i], origin, i * THREADS + threadIdx.x);
+    }
   }
 
   int next = blockIdx.x + blocks * part, unit = split, slot = 0;
@@ -226,11 +267,24 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
 #pragma unroll
   for (int i = 0; i < D - 1; ++i) fetch();
 
-  if constexpr (HELD <= 8) {
+  @WAIT_FOR_PREVIOUS@
+  if constexpr (KEPT) {
+    if constexpr (DEPENDENT) {
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) stage(held[i], i * THREADS + threadIdx.x, staged, sums);
+      for (int i = 0; i < HELD; ++i) take(held[i], origin, i * THREADS + threadIdx.x);
+    }
+    if constexpr (STATISTICS) statistics<HELD>(statistics_of, held, reinterpret_cast<float*>(shared + SCRATCH_AT));
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int j = i * THREADS + threadIdx.x;
+      stage(finish(held[i], before_held[i], statistics_of, j), j, staged, sums);
+    }
   } else {
-    for (int i = 0; i < HELD; ++i) stage(piece(x, i * THREADS + threadIdx.x), i * THREADS + threadIdx.x, staged, sums);
+    for (int i = 0; i < HELD; ++i) {
+      const int j = i * THREADS + threadIdx.x;
+      take(held[0], origin, j);
+      stage(finish(held[0], before_held[0], statistics_of, j), j, staged, sums);
+    }
   }
   __syncthreads();
 
@@ -323,6 +377,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
     auto put = [&](int m, int row, float v) {
       if (m < M && row < N) {
         @ADD_BIAS@
+        @ADD_RESIDUAL@
         out[(long long)m * N + row] = (@OUT@)v;
       }
     };

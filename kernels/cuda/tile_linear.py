@@ -7,7 +7,8 @@ import zlib
 from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import prefill, stream, tile_source
+from gptq_compile.kernels.cuda import launch, prefill, stream, stream_input, tile_source
+from gptq_compile.kernels.cuda.stream_input import Input
 from gptq_compile.kernels.cuda.warp import address, warp_sum
 from gptq_compile.kernels.layouts import grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Refusal
@@ -16,7 +17,12 @@ from gptq_compile.kernels.target import Target
 
 PLAIN_WARPS = 4
 PLAIN_TOKENS = 4
-C_TYPES = {"float16": "half", "float32": "float"}
+C_TYPES = stream_input.C_TYPES
+MOST_MADE = {
+    stream_input.PLAIN: 1 << 30, stream_input.RMS_NORM: 1 << 15, stream_input.LAYER_NORM: 1 << 15,
+    stream_input.GATED: 1 << 15, stream_input.ACTIVATED: 1 << 16,
+}  # fmt: skip
+"""Activations that every block may make for itself, by kind of input."""
 
 Expr = Any
 
@@ -52,19 +58,70 @@ def accepts_stream(case: Case, target: Target) -> Refusal | None:
     return None
 
 
-def _shape(case: Case) -> stream.Shape:
-    return stream.Shape(case.rows or 0, case["out_features"], grouping_of(case), bool(case["has_zeros"]))
+def accepts_fused(case: Case, target: Target) -> Refusal | None:
+    """Refuses what `accepts_stream` does, and activations that are cheaper to make once than in every block."""
+    refusal = accepts_stream(case, target)
+    if refusal is not None:
+        return refusal
+    made = _input(case)
+    if made.dtype not in stream_input.C_TYPES:
+        return Refusal(f"needs float32 or float16 activations, not {made.dtype}")
+    if any(size % 8 for size in (made.width, made.at, made.up_width, made.up_at)):
+        return Refusal("reads activations in eights, which those that lie in a wider tensor do not begin at")
+    most = MOST_MADE[made.kind]
+    count = (case.rows or 0) * case["in_features"]
+    if count > most:
+        return Refusal(f"{count} activations are cheaper to make once than in every block (from {most} on)")
+    return None
+
+
+def _input(case: Case) -> Input:
+    """Returns how the activations of a ``fused_linear`` case are made; those of a ``quant_linear`` are a tensor."""
+    kind = str(case.get("input", stream_input.PLAIN))
+    k = int(case["in_features"])
+    return Input(
+        kind,
+        str(case.get("input_dtype", case.dtype)),
+        eps=float(case.get("eps", 0.0)),
+        offset=float(case.get("weight_offset", 0.0)),
+        has_weight=bool(case.get("has_norm_weight", False)),
+        has_bias=bool(case.get("has_norm_bias", False)),
+        act=str(case.get("act", "")),
+        width=int(case.get("width", k)),
+        at=int(case.get("at", 0)),
+        up_width=int(case.get("up_width", k)),
+        up_at=int(case.get("up_at", 0)),
+    )
+
+
+def _shape(case: Case, dependent: bool = False) -> stream.Shape:
+    return stream.Shape(
+        case.rows or 0, case["out_features"], grouping_of(case), bool(case["has_zeros"]), _input(case), dependent
+    )
+
+
+def _inputs(f: Function, case: Case, rows: Expr) -> dict[str, Any]:
+    """Declares the tensors that the activations are made of."""
+    made, k = _input(case), case["in_features"]
+    widths = {"x": made.width, "up": made.up_width}
+    found = {}
+    for name, _ in made.parameters:
+        wide = name in widths
+        found[name] = f.tensor(name, (rows, widths[name]) if wide else (k,), made.dtype if wide else "float32")
+    return found
 
 
 def _tensors(f: Function, case: Case, target: Target) -> dict[str, Any]:
     """Declares the parameters in the contract's order."""
-    n, k = case["out_features"], case["in_features"]
+    n = case["out_features"]
     rows = f.symbol() if case.rows is None else case.rows
-    found = {"x": f.tensor("x", (rows, k), case.dtype)}
+    found = _inputs(f, case, rows)
     for name, (shape, dtype) in layout_for(case, target).tensors(case).items():
         found[name] = f.tensor(name, shape, dtype)
     if case["has_bias"]:
         found["bias"] = f.tensor("bias", (n,), case.dtype)
+    if case.get("has_residual"):
+        found["residual"] = f.tensor("residual", (rows, n), "float32")
     found["out"] = f.tensor("out", (rows, n), case.get("out_dtype", case.dtype))
     return found
 
@@ -81,17 +138,20 @@ def _run(name: str, source: str, tensors: dict[str, Any], *more: Expr) -> None:
 
 
 def build_stream(case: Case, target: Target, config: stream.Config | None = None) -> Any:
-    """Builds the kernel for few rows known at compile time, divided as `config` says or as `stream.choose` does."""
+    """Builds the kernel for few rows known at compile time, divided as `config` says or as `stream.choose` does.
+
+    For a ``fused_linear`` case the activations are made on the way in, and a residual is added on the way out.
+    """
     ir = script()
-    shape = _shape(case)
+    shape = _shape(case, launch.supported(target))
     config = config or stream.choose(shape, target.archs)
     assert config is not None
     name = _name("stream", case, target, config)
     out_type = C_TYPES[case.get("out_dtype", case.dtype)]
-    source = stream.source(name, shape, config, bool(case["has_bias"]), out_type)
+    source = stream.source(name, shape, config, bool(case["has_bias"]), out_type, bool(case.get("has_residual")))
     supers = -(-shape.row_tiles // config.height)
     blocks = min(stream.BLOCKS, -(-supers // config.tiles))
-    with Function("quant_linear") as f:
+    with Function(case.op) as f:
         tensors = _tensors(f, case, target)
         with (
             ir.launch_thread("blockIdx.x", blocks),
@@ -99,7 +159,7 @@ def build_stream(case: Case, target: Target, config: stream.Config | None = None
         ):
             shared = ir.alloc_buffer((stream.shared_bytes(shape, config),), "uint8", scope="shared.dyn")
             _run(name, source, tensors, shared.access_ptr("rw"))
-    return f.result()
+    return launch.dependent(f.result()) if shape.dependent else f.result()
 
 
 def build_prefill(case: Case, target: Target) -> Any:

@@ -39,12 +39,28 @@ __device__ __forceinline__ uint4 gq_read16(const void* p) {
 #endif
 """
 
+LAUNCH = """
+#ifndef GQ_LAUNCH
+#define GQ_LAUNCH
+__device__ __forceinline__ void gq_let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void gq_wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
+"""
+"""Of a programmatic dependent launch (see `launch`); sm_90."""
+
 COMMON = """
 #ifndef GQ_TILES
 #define GQ_TILES
 __device__ __forceinline__ float2 gq_floats(unsigned pair) {
   half2 h = *reinterpret_cast<half2*>(&pair);
   return make_float2(__half2float(h.x), __half2float(h.y));
+}
+__device__ __forceinline__ float gq_float(unsigned bits) { return *reinterpret_cast<float*>(&bits); }
+__device__ __forceinline__ unsigned gq_pair(float low, float high) {
+  half2 h;
+  h.x = (half)low;
+  h.y = (half)high;
+  return *reinterpret_cast<unsigned*>(&h);
 }
 __device__ __forceinline__ unsigned gq_minus(unsigned v, unsigned z) {
   half2 r = __hsub2(*reinterpret_cast<half2*>(&v), *reinterpret_cast<half2*>(&z));

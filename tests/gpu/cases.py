@@ -49,10 +49,12 @@ def mean_error(got: np.ndarray, expected: np.ndarray, bound: float = 1e-3) -> tu
 
 def all_cases() -> list[KernelCase]:
     """Collects every check."""
+    import cases_decode
+    import cases_fused
     import cases_linear
     import cases_ops
 
-    found = cases_linear.cases()
+    found = cases_linear.cases() + cases_fused.cases() + cases_decode.cases()
     for op_case in (*cases_ops.op_cases("float16"), *cases_ops.op_cases("float32")):
         for n in op_case.sizes:
 

@@ -15,13 +15,14 @@
 
 struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, gridDim;
-static int emu_threads;
+static int emu_threads, emu_cluster = 1;  // of a block; blocks of a cluster, whose threads are fibers of one run
 static std::vector<ucontext_t> emu_fibers;
 static std::vector<char> emu_done;
 static ucontext_t emu_main;
 static int emu_current;
-static long emu_arrived_block, emu_generation_block;
-static long emu_arrived_warp[32], emu_generation_warp[32];
+static int emu_rank() { return emu_current / emu_threads; }
+static long emu_arrived_block[8], emu_generation_block[8], emu_arrived_cluster, emu_generation_cluster;
+static long emu_arrived_warp[128], emu_generation_warp[128];
 
 static void emu_yield() { swapcontext(&emu_fibers[emu_current], &emu_main); }
 static void emu_wait(long& arrived, long& generation, int expected) {
@@ -29,7 +30,9 @@ static void emu_wait(long& arrived, long& generation, int expected) {
   if (++arrived == expected) { arrived = 0; ++generation; return; }
   while (generation == mine) emu_yield();
 }
-static void __syncthreads() { emu_wait(emu_arrived_block, emu_generation_block, emu_threads); }
+static void __syncthreads() {
+  emu_wait(emu_arrived_block[emu_rank()], emu_generation_block[emu_rank()], emu_threads);
+}
 static void emu_warp_wait() {
   int warp = emu_current / 32;
   emu_wait(emu_arrived_warp[warp], emu_generation_warp[warp], 32);
@@ -93,6 +96,8 @@ struct __attribute__((aligned(8))) uint2 { unsigned x, y; };
 struct float2 { float x, y; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float __half2float(half v) { return v; }
+#define __expf(x) expf(x)
+static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 struct __attribute__((aligned(16))) uint4 { unsigned x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static std::vector<std::pair<const char*, size_t>> emu_tensors;
@@ -120,7 +125,7 @@ static half2 __hfma2(half2 a, half2 b, half2 c) {
 template <typename A, typename B> static auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
 template <typename A, typename B> static auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
 
-static float emu_values[32][32];
+static float emu_values[128][32];
 static float __shfl_xor_sync(unsigned, float v, int mask) {
   int warp = emu_current / 32, lane = emu_current % 32;
   emu_values[warp][lane] = v;
@@ -131,7 +136,7 @@ static float __shfl_xor_sync(unsigned, float v, int mask) {
 }
 
 // mma.sync.m16n8k16, fragments as in the PTX manual.
-static half emu_a[32][16][16], emu_b[32][16][8];
+static half emu_a[128][16][16], emu_b[128][16][8];
 static void emu_put(half* low, half* high, unsigned pair) {
   uint16_t bits[2] = {uint16_t(pair), uint16_t(pair >> 16)};
   memcpy(low, &bits[0], 2);
@@ -156,7 +161,7 @@ static void emu_mma(emu_span<float> d, unsigned a0, unsigned a1, unsigned a2, un
 // What tile_source.PTX says in assembly. Asynchronous copies: the target is poisoned at once and written at the wait.
 #define GQ_PTX
 struct emu_copy { void* to; uint4 value; };
-static std::vector<std::vector<emu_copy>> emu_copies[1024];  // per thread, one list per group; the last is open
+static std::vector<std::vector<emu_copy>> emu_copies[2048];  // per thread, one list per group; the last is open
 static void emu_wait_copies(int pending) {
   auto& groups = emu_copies[emu_current];
   while (int(groups.size()) > pending + 1) {
@@ -178,8 +183,19 @@ static void gq_commit() {
 }
 template <int pending> static void gq_wait() { emu_wait_copies(pending); }
 static void __syncwarp() { emu_warp_wait(); }
-static long emu_arrived_named[16], emu_generation_named[16];
-static void gq_barrier(int id, int threads) { emu_wait(emu_arrived_named[id], emu_generation_named[id], threads); }
+static long emu_arrived_named[8][16], emu_generation_named[8][16];
+static void gq_barrier(int id, int threads) {
+  emu_wait(emu_arrived_named[emu_rank()][id], emu_generation_named[emu_rank()][id], threads);
+}
+// Blocks of a cluster: dynamic shared memory is one array, a stretch of it for each of them.
+static int64_t emu_dynamic_bytes;
+static void gq_cluster_barrier() { emu_wait(emu_arrived_cluster, emu_generation_cluster, emu_threads * emu_cluster); }
+static float gq_remote(const float* p, int rank) {
+  if (rank < 0 || rank >= emu_cluster) emu_fail("another block's shared memory is read beyond the cluster");
+  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + (rank - emu_rank()) * emu_dynamic_bytes);
+}
+static void gq_let_next_start() {}
+static void gq_wait_for_previous() {}
 static uint4 gq_read16(const void* p) { return emu_read(reinterpret_cast<const uint4*>(p)); }
 static void gq_mma4(float* d, const unsigned* a, unsigned b0, unsigned b1) {
   emu_mma({d, d, d + 4}, a[0], a[1], a[2], a[3], b0, b1);
@@ -194,9 +210,11 @@ static void emu_entry() {
   emu_done[emu_current] = 1;
   swapcontext(&emu_fibers[emu_current], &emu_main);
 }
-static void emu_launch(Dim grid, int threads, void (*body)()) {
+static void emu_launch(Dim grid, int threads, void (*body)(), int cluster = 1) {
   const size_t stack = 64 << 10;
   emu_threads = threads;
+  emu_cluster = cluster;
+  threads *= cluster;
   gridDim = grid;
   emu_body = body;
   std::vector<char> stacks(stack * threads);
@@ -204,10 +222,9 @@ static void emu_launch(Dim grid, int threads, void (*body)()) {
   for (int t = 0; t < threads; ++t) order[t] = t;
   std::minstd_rand random(threads);
   for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
+    for (unsigned x = 0; x < grid.x; x += cluster) {
       emu_fibers.assign(threads, ucontext_t());
       emu_done.assign(threads, 0);
-      blockIdx = {x, y, 0};
       for (auto [array, size] : emu_shared_arrays) memset(array, 0xff, size);
       for (int t = 0; t < threads; ++t) {
         getcontext(&emu_fibers[t]);
@@ -221,7 +238,8 @@ static void emu_launch(Dim grid, int threads, void (*body)()) {
         for (int t : order) {
           if (emu_done[t]) continue;
           emu_current = t;
-          threadIdx = {unsigned(t), 0, 0};
+          threadIdx = {unsigned(t % emu_threads), 0, 0};
+          blockIdx = {x + t / emu_threads, y, 0};
           swapcontext(&emu_main, &emu_fibers[t]);
           left -= emu_done[t];
         }

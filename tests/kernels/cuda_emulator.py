@@ -2,8 +2,9 @@
 """Runs the CUDA source that TVM generates for a PrimFunc on the CPU, so that numerics are tested without a GPU.
 
 The source is compiled by g++ after `cuda_emulator.h`, in which threads are fibers and warp-wide instructions are
-barriers; inline assembly is replaced by its definition: mma.sync, and the block of `tile_source.PTX`. Arrays in
-registers and shared memory become checked ones (`emu_array`), since a CPU forgives what nvcc takes as undefined.
+barriers; inline assembly is replaced by its definition: mma.sync, and blocks of helpers such as `tile_source.PTX`.
+Arrays in registers and shared memory become checked ones (`emu_array`), since a CPU forgives what nvcc takes as
+undefined.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _CALLBACK = "tvm_callback_cuda_compile"
 _LOCAL_ARRAY = re.compile(r"^( *)(__shared__ )?alignas\(\d+\) (\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
 _REGISTER_PARAMETER = re.compile(r"\b((?:const )?(?:unsigned|float))\* (\w+)(?=[,)])")
 _TILES = re.compile(r"^#ifndef GQ_PTX.*?(?=^extern \"C\")", re.DOTALL | re.MULTILINE)
-_PTX = re.compile(r"^#ifndef GQ_PTX.*?^#endif\n", re.DOTALL | re.MULTILINE)
+_PTX = re.compile(r"^#ifndef GQ_(?:PTX|LAUNCH|CLUSTER).*?^#endif\n", re.DOTALL | re.MULTILINE)
+_CLUSTER_RANK = re.compile(
+    r"^__forceinline__ __device__ unsigned int tvm_builtin_cluster\w+\(\).*?^}\n", re.DOTALL | re.M
+)
 _DYNAMIC_ARRAY = re.compile(r"^ *extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];$", re.MULTILINE)
 _DYNAMIC_BYTES = re.compile(r'alloc_buffer\(\((\d+),\), "uint8", scope="shared.dyn"\)')
 _ASSEMBLY = re.compile(r"asm volatile\(\s*\"mma\.sync\.aligned\.m16n8k16.*?\);", re.DOTALL)
@@ -74,14 +78,20 @@ def _checked_array(declaration: re.Match[str]) -> str:
 def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, folder: Path) -> None:
     """Runs a PrimFunc's kernel on arrays named like its parameters; outputs are written in place."""
     source = cuda_source(func, target)
+    source = _CLUSTER_RANK.sub("", source)  # TVM's own, for an index that the kernels do not use
     tiles = "".join(_PTX.sub("", text) for text in _TILES.findall(source))
     source = _TILES.sub("", source)
     helpers = "".join(re.findall(r"^__device__ __forceinline__ .*?^}\n", source, re.DOTALL | re.MULTILINE))
     kernel = source[source.rindex('extern "C" __global__') :]
     kernel = _LOCAL_ARRAY.sub(_checked_array, kernel)
+    extent = _extents(func, rows)
+    cluster = extent.get("clusterCtaIdx.x", 1)
     dynamic = _DYNAMIC_BYTES.search(func.script())
     if dynamic:
-        array = rf"static emu_shared<\1, {dynamic[1]}> \2_array; auto* \2 = \2_array.values;"
+        # One stretch for each block of a cluster, on 16 bytes.
+        size = -(-int(dynamic[1]) // 16) * 16
+        array = rf"static emu_shared<\1, {size * cluster}> \2_array; emu_dynamic_bytes = {size};"
+        array += rf" auto* \2 = \2_array.values + {size} * emu_rank();"
         kernel = _DYNAMIC_ARRAY.sub(array, kernel)
     assert "__shared__" not in kernel and "alignas" not in kernel
     helpers = _REGISTER_PARAMETER.sub(r"emu_span<\1> \2", helpers)
@@ -100,14 +110,14 @@ def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, fo
             arguments.append(f"({kind}) (int64_t) emu_arguments[{i}]")
             values.append(rows)
             sizes.append(0)
-    extent = _extents(func, rows)
     entry = f"""
 static void** emu_arguments;
 static void emu_call() {{ {name}({", ".join(arguments)}); }}
 extern "C" const char* emu_run(void** arguments, const size_t* sizes) {{
   emu_arguments = arguments;
   for (int i = 0; i < {len(values)}; ++i) emu_tensors.push_back({{(const char*) arguments[i], sizes[i]}});
-  emu_launch({{{extent["blockIdx.x"]}, {extent.get("blockIdx.y", 1)}, 1}}, {extent["threadIdx.x"]}, emu_call);
+  emu_launch({{{extent["blockIdx.x"]}, {extent.get("blockIdx.y", 1)}, 1}}, {extent["threadIdx.x"]}, emu_call,
+             {cluster});
   return emu_failure;
 }}
 """

@@ -16,9 +16,7 @@ static unsigned __pack_half2(half a, half b) {
   memcpy(&bits[1], &b, 2);
   return unsigned(bits[0]) | unsigned(bits[1]) << 16;
 }
-#define __expf(x) expf(x)
 #define __logf(x) logf(x)
-static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static float rsqrt(float x) { return 1.0f / sqrtf(x); }
 
 static char emu_bytes[32][32][8];

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized linears that make their activations and add a residual: the generated source, run by an emulator."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+
+import cases_fused
+import cuda_emulator
+
+from gptq_compile.errors import NoKernelError
+from gptq_compile.kernels.registry import Case, select
+from gptq_compile.kernels.target import Target
+
+HOPPER = Target.parse("cuda:sm_90")
+OLDER = Target.parse("cuda:sm_80,sm_90")
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+SMALL = [c for c in cases_fused.cases() if c.case["in_features"] * c.case["out_features"] * (c.case.rows or 1) < 60000]
+
+
+@needs_gxx
+@pytest.mark.parametrize("check", SMALL, ids=[c.name for c in SMALL])
+def test_fused_linear_matches_float64(check: cases_fused.KernelCase, tmp_path: Path) -> None:
+    target = OLDER if check.case.rows == 3 else HOPPER
+    kernel = select(check.case, target).kernel
+    func = kernel.prim_func(check.case, target)
+    before = check.make_inputs(np.random.default_rng(0))
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), check.case.rows or 0, tmp_path)
+    passed, said = check.check(before, after)
+    assert passed, said
+
+
+def test_activations_that_cost_more_than_a_launch_are_not_made_in_every_block() -> None:
+    attrs = {
+        "in_features": 14336,
+        "out_features": 4096,
+        "bits": 4,
+        "group_size": 128,
+        "has_zeros": False,
+        "has_bias": False,
+    }
+    gated = {"input": "gated", "act": "silu", "width": 28672, "at": 0, "up_width": 28672, "up_at": 14336}
+    assert select(Case.make("fused_linear", "float16", 1, **attrs, **gated), HOPPER)
+    with pytest.raises(NoKernelError, match="cheaper to make once"):
+        select(Case.make("fused_linear", "float16", 4, **attrs, **gated), HOPPER)
+
+
+def test_activations_between_eights_are_refused() -> None:
+    attrs = {"in_features": 64, "out_features": 32, "bits": 4, "group_size": 32, "has_zeros": False, "has_bias": False}
+    gated = {"input": "gated", "act": "silu", "width": 140, "at": 4, "up_width": 140, "up_at": 70}
+    with pytest.raises(NoKernelError, match="in eights"):
+        select(Case.make("fused_linear", "float16", 1, **attrs, **gated), HOPPER)
+
+
+@pytest.mark.parametrize("target", [HOPPER, OLDER])
+def test_only_hopper_launches_before_the_previous_kernel_ends(target: Target) -> None:
+    check = SMALL[0]
+    func = select(check.case, target).kernel.prim_func(check.case, target)
+    tags = [str(t) for t in (func.attrs.get("tirx.kernel_launch_params") or [])]
+    assert ("tirx.use_programtic_dependent_launch" in tags) == (target is HOPPER)
+    source = cuda_emulator.cuda_source(func, target)
+    assert ("DEPENDENT = true" in source) == (target is HOPPER)
