@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,20 @@ def _make(name: str, like: torch.Tensor, seed: int, dtype: torch.dtype, device: 
     return torch.randn(like.shape, generator=generator, device=device, dtype=dtype) * 0.02
 
 
+def _differing(codes: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Which part of the codes differ from another run's: of the first linear, of all, and how far at most."""
+    parts, far = [], []
+    for name, tensor in codes.items():
+        other = others[name]
+        parts.append(int((tensor != other).count_nonzero()) / tensor.numel())
+        far.append(int(((tensor.short() - other.short()).abs_() > 1).count_nonzero()) / tensor.numel())
+    return {
+        "codes_differing_first": parts[0],
+        "codes_differing": sum(parts) / len(parts),
+        "codes_more_than_one_apart": sum(far) / len(far),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
@@ -106,9 +121,14 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, help="refuse to use more of the GPU (1e9 bytes)")
     parser.add_argument("--target", default="cuda:sm_90", help="whose layout weights are packed to")
     parser.add_argument("--setting", nargs="*", default=[], help="NAME=VALUE of QuantizeConfig, values in JSON")
+    parser.add_argument("--save-codes", type=Path, help="file to keep all codes in")
+    parser.add_argument("--compare-codes", type=Path, help="file with another run's codes to compare with")
     parser.add_argument("--out", type=Path, help="append the result as one JSON line")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # before weights are made on it
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     settings = {k: json.loads(v) for k, v in (s.split("=", 1) for s in args.setting)}
     start = time.perf_counter()
     program = random_model(args.shape, args.layers, device)
@@ -131,6 +151,12 @@ def main() -> None:
         torch.cuda.synchronize()
     walk = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host.bytes
+    codes = {name: program.params.get(name) for name in program.params if name.endswith(".codes")}
+    if args.save_codes and step.world.rank == 0:
+        torch.save(codes, args.save_codes)
+    compare = args.compare_codes and step.world.rank == 0
+    differing = _differing(codes, torch.load(args.compare_codes)) if compare else {}
+    del codes
     start = time.perf_counter()
     PassManager([PackWeights(Target.parse(args.target), device)], validate=False).run(program)
     packed = 0
@@ -154,6 +180,7 @@ def main() -> None:
         "peak_gb": round(peak / 1e9, 3),
         "planned_peak_gb": round(step.plan.peak / 1e9, 3) if step.plan else None,
         "plan": dict(step.plan.lines()) if step.plan else {},
+        **differing,
         "relative_error": sum(r.error or 0 for r in step.reports) / max(1, len(step.reports)),
         "relative_error_rtn": sum(r.error_rtn or 0 for r in step.reports) / max(1, len(step.reports)),
     }

@@ -37,7 +37,7 @@ from gptq_compile.passes.gradients import squared_gradients
 from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.memory_plan import MemoryPlan, plan_memory
 from gptq_compile.passes.program import Program, where
-from gptq_compile.passes.stage_runner import Batch, Runner, compute_dtype
+from gptq_compile.passes.stage_runner import Runner, compute_dtype
 from gptq_compile.passes.stages import (
     Group,
     features_of,
@@ -168,8 +168,8 @@ class GptqQuantize(Pass):
         dtype = compute_dtype(self.config, program, self.device)
         with Runner(program, self.device, dtype, offload=plan.offload) as runner:
             count = plan.sequences
-            weights = self._token_weights(program, runner, runner.batches(ids, count)) if end else None
             batches = runner.batches(ids, count) if end else []
+            weights = self._token_weights(program, runner, ids, plan) if end else None
             for index, stage in enumerate(stages):
                 trim_heap(self.device)
                 sources = [n for g in stage.groups for n in g.reads]
@@ -230,7 +230,7 @@ class GptqQuantize(Pass):
         return found
 
     def _token_weights(
-        self, program: Program, runner: Runner, batches: list[Batch]
+        self, program: Program, runner: Runner, ids: Tensor, plan: MemoryPlan
     ) -> Callable[[Node, int], Tensor | None]:
         """Runs the original model once forward and back; returns the token weights of a group's input in a batch."""
         strength = self.config.token_strength
@@ -238,19 +238,20 @@ class GptqQuantize(Pass):
             return lambda source, batch: None
         try:
             linears = quantizable(program, self.config.quantize_lm_head)
-            squares = squared_gradients(program, runner, batches, linears)
+            batches = runner.batches(ids, plan.tape or plan.sequences)
+            squares = squared_gradients(program, runner, batches, linears, plan.tape > 0)
         except RuntimeError as error:
             if not NO_DERIVATIVE.search(str(error)):
                 raise
             self.caveat = f"calibration tokens weigh the same, because the model has no gradient: {error}"
             log.warning("GPTQ: %s", self.caveat)
             return lambda source, batch: None
-        weights: dict[Node, list[Tensor]] = {}
+        weights: dict[Node, tuple[Tensor, ...]] = {}
         for source in dict.fromkeys(n.args[0] for n in linears):  # in an order on which processes agree
-            parts = squares.get(source, [])
-            mean = self.world.mean(torch.cat([torch.zeros(0, device=self.device), *parts]))
+            found = squares.get(source, torch.zeros(0, device=self.device))
+            mean = self.world.mean(found)
             if mean > 0:
-                weights[source] = [1 + strength * part / mean for part in parts]
+                weights[source] = (1 + strength * found / mean).split(plan.sequences * ids.shape[1])
         return lambda source, batch: weights[source][batch] if source in weights else None
 
     def _solve(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, fx
 
 from gptq_compile.passes import dialect
 from gptq_compile.passes.program import Program
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 ops = torch.ops.gptq_compile
@@ -45,6 +49,7 @@ class Interpreter:
         self.program = program
         self.device = torch.device(device)
         self.dtype = dtype
+        self._fused = fused_ops() if self.device.type == "cuda" else {}
 
     def param_dtype(self, node: fx.Node) -> torch.dtype:
         """The type that a parameter has while the program runs."""
@@ -68,6 +73,7 @@ class Interpreter:
         nodes: Iterable[fx.Node] | None = None,
         sequences: int = 1,
         references: bool = False,
+        seen: Callable[[fx.Node, Any], None] | None = None,
     ) -> dict[fx.Node, Any]:
         """Evaluates ``nodes`` (default: the whole graph) and returns the values of ``want``.
 
@@ -77,7 +83,9 @@ class Interpreter:
             nodes: the stretch to evaluate, in graph order.
             sequences: of equal length to which the tokens belong, one after the other. More than one needs a program
                 in which only attention mixes tokens.
-            references: run what dialect ops are defined by instead of the ops, which have no derivative.
+            references: run what dialect ops are defined by (or fused kernels with derivatives) instead of the ops,
+                which have no derivative.
+            seen: called with each node and its value.
         """
         env = dict(env)
         want = list(want)
@@ -94,6 +102,8 @@ class Interpreter:
             lookup = env.__getitem__
             args, kwargs = fx.node.map_arg(node.args, lookup), fx.node.map_arg(node.kwargs, lookup)
             env[node] = self._call(node.target, args, kwargs, sequences, references)
+            if seen is not None:
+                seen(node, env[node])
             for arg in node.all_input_nodes:
                 if last_use[arg] is node and arg not in keep:
                     env.pop(arg, None)
@@ -110,13 +120,24 @@ class Interpreter:
         # The trace ran on the meta device, so tensor factories in the graph ask for it; values live on ours.
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": self.device}
-        call = dialect.REFERENCES.get(target, target) if references else target
+        call = self._fused.get(target) or (dialect.REFERENCES.get(target, target) if references else target)
         if sequences > 1 and target is ops.attention.default:
             return _attention(call, args, kwargs, sequences)
         return call(*args, **kwargs)
 
     def _half(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@functools.cache
+def fused_ops() -> dict[Any, Callable[..., Any]]:
+    """Ops of the dialect that are one kernel on CUDA; none without Triton (an optional part of torch's CUDA wheels)."""
+    try:
+        from gptq_compile.passes.fused_triton import FUSED
+    except ImportError as error:
+        log.warning("Triton cannot be imported (%s); norms and activations run operation by operation.", error)
+        return {}
+    return FUSED
 
 
 def _multiplied(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ and the matrices of the solve. Shapes and types come from running the program's 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,13 @@ from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import HUGE, LARGE
 from gptq_compile.passes.gptq.hessian import GATHER
-from gptq_compile.passes.gradients import cuts_between_layers
-from gptq_compile.passes.interpret import Interpreter
+from gptq_compile.passes.gradients import stretches_of
+from gptq_compile.passes.interpret import Interpreter, fused_ops
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stage_runner import compute_dtype, params_of, sequences_per_call
 from gptq_compile.passes.stages import Group, Stage, features_of, live_values, own_linears, quantizable, stages_of
 
+aten = torch.ops.aten
 ops = torch.ops.gptq_compile
 
 _TEMPORARIES = {
@@ -33,6 +35,32 @@ _TEMPORARIES = {
     ops.gated_act.default: 8,
 }
 """Bytes per element of the result that an op's reference holds besides operands and result, all of them float32."""
+
+_SAVED: dict[Any, tuple[int, ...]] = {
+    aten.linear.default: (),
+    aten.embedding.default: (),
+    aten.add.Tensor: (),
+    aten.sub.Tensor: (),
+    aten.reshape.default: (),
+    aten.unsqueeze.default: (),
+    aten.transpose.int: (),
+    aten.cat.default: (),
+    aten._to_copy.default: (),
+    ops.rms_norm.default: (0,),
+    ops.layer_norm.default: (0,),
+    ops.rotary_embedding.default: (),
+    ops.gated_act.default: (0, 1),
+    ops.attention.default: (0, 1, 2),
+}
+"""Which operands of an op its derivative reads (parameters aside, which have none); of others, all and the result."""
+
+_TAPE = {ops.gated_act.default: 4}
+_TAPE_HALF = {
+    ops.gated_act.default: 12,
+    ops.rms_norm.default: 4,
+    ops.layer_norm.default: 4,
+}
+"""Bytes per element of the result that the tape holds besides, where an op's definition runs (on 16-bit values)."""
 
 _QUADRATIC = 4096  # rows and columns of a product in gptq/quadratic.py
 _RESERVE = 0.92  # of a GPU's free memory that a plan may use: fragments are lost
@@ -52,6 +80,8 @@ class MemoryPlan:
         hessian: largest Hessian.
         solutions: codes and grids of all linears, in host memory.
         sequences: calibration sequences of one call.
+        tape: those of one call of the backward pass where one tape goes over the whole model; 0 where it takes one
+            stretch of the model at a time.
         phases: phase -> its largest bytes.
     """
 
@@ -64,6 +94,7 @@ class MemoryPlan:
     hessian: int
     solutions: int
     sequences: int
+    tape: int = 0
     phases: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -101,15 +132,24 @@ def plan_memory(
         config: settings.
         sequences: calibration sequences of this process. ``tokens``: of each.
         device: where to compute.
-        limit: bytes of the device that may be used; by default what is free. Activations are offloaded from a GPU
-            where they would not fit.
+        limit: bytes of a GPU that may be used; by default what is free. The backward pass takes one tape over the whole
+            model where that fits (on a CPU: where it does not raise the peak), of as many sequences as fit; activations
+            are offloaded from a GPU where they would not fit otherwise.
     """
-    if limit is None and device.type == "cuda" and torch.cuda.is_available():
+    planner = _Planner(program, config, sequences, tokens, device)
+    if device.type != "cuda":
+        plan, other = (planner.plan(offload=False, tape=tape) for tape in (planner.per_call, 0))
+        return plan if plan.peak <= other.peak else other
+    if limit is None and torch.cuda.is_available():
         limit = int(torch.cuda.mem_get_info(device)[0] * _RESERVE)
-    plan = _Planner(program, config, sequences, tokens, device).plan(offload=False)
-    if device.type == "cuda" and limit is not None and plan.peak > limit:
-        plan = _Planner(program, config, sequences, tokens, device).plan(offload=True)
-    return plan
+    tapes = [planner.per_call >> i for i in range(planner.per_call.bit_length())]
+    plans = []
+    for offload in (False, True):
+        for tape in [*tapes, 0]:
+            plans.append(planner.plan(offload, tape))
+            if limit is None or plans[-1].peak <= limit:
+                return plans[-1]
+    return min(plans, key=lambda plan: plan.peak)
 
 
 class _ShapeInterpreter(Interpreter):
@@ -126,6 +166,16 @@ class _ShapeInterpreter(Interpreter):
         )
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """The walk's part of a plan."""
+
+    peaks: dict[str, tuple[int, str]]
+    activations: int
+    weights: int
+    hessian: int
+
+
 class _Planner:
     def __init__(
         self, program: Program, config: QuantizeConfig, sequences: int, tokens: int, device: torch.device
@@ -138,6 +188,9 @@ class _Planner:
         self.half = self.dtype != torch.float32
         self.order = [n for n in program.graph.nodes if n.op == "call_function"]
         self.values = self._values()
+        self.fused = device.type == "cuda" and bool(fused_ops())
+        self.linears = quantizable(program, config.quantize_lm_head)
+        self._walks: dict[bool, _Walk] = {}
 
     def _values(self) -> dict[Node, Any]:
         """Every value on meta, for the tokens of one call."""
@@ -181,29 +234,45 @@ class _Planner:
         for node in nodes:
             live.add(node)
             held = sum(size for storage, size in self.stored(live).items() if storage not in outside)
-            extra = _TEMPORARIES.get(node.target, 0)
-            if node.target is ops.gated_act.default and self.half:
-                extra = 16
-            value = self.values[node]
-            peak = max(peak, held + extra * (value.numel() if isinstance(value, Tensor) else 0))
+            peak = max(peak, held + self._extra(node))
             live -= {a for a in node.all_input_nodes if last[a] is node and a not in keep}
         return peak
 
     # -- the walk
 
-    def plan(self, offload: bool) -> MemoryPlan:
-        linears = quantizable(self.program, self.config.quantize_lm_head)
-        stages = stages_of(self.program, linears, self.config.sequential)
+    def plan(self, offload: bool, tape: int) -> MemoryPlan:
+        """One plan; ``tape``: sequences of a call of the backward pass that takes the whole model at once, or 0."""
+        if offload not in self._walks:
+            self._walks[offload] = self._walk(offload)
+        walk = self._walks[offload]
+        peaks, activations = dict(walk.peaks), walk.activations
+        if self.config.token_weighting != "none":
+            before, used = self._token_weights(offload, tape)
+            peaks, activations = {**before, **peaks}, max(activations, used)
+        phase = max(peaks, key=lambda p: peaks[p])
+        return MemoryPlan(
+            device=self.device.type,
+            peak=peaks[phase][0],
+            peak_at=peaks[phase][1],
+            activations=activations,
+            offload=offload,
+            weights=walk.weights,
+            hessian=walk.hessian,
+            solutions=self._solutions(self.linears),
+            sequences=self.per_call,
+            tape=tape if self.config.token_weighting != "none" else 0,
+            phases={p: b for p, (b, _) in peaks.items()},
+        )
+
+    def _walk(self, offload: bool) -> _Walk:
+        stages = stages_of(self.program, self.linears, self.config.sequential)
         peaks: dict[str, tuple[int, str]] = {}
 
         def note(phase: str, bytes_: float, at: str) -> None:
             peaks[phase] = max(peaks.get(phase, (0, "")), (int(bytes_), at))
 
         activations = weights = hessian = 0
-        fixed = 0
-        if self.config.token_weighting != "none":
-            fixed, used = self._token_weights(offload, note)
-            activations = max(activations, used)
+        fixed = self._squares() if self.config.token_weighting != "none" else 0
         known: set[Node] = set(self.program.inputs)
         for i, stage in enumerate(stages):
             later = [n for s in stages[i + 1 :] for n in s.nodes] + ([] if stage.rerun else own_linears(stage))
@@ -235,62 +304,89 @@ class _Planner:
                 note("factorization", fixed + own + kept + remaining + factor, f"factoring {at}")
                 note("solve", fixed + kept + remaining + solve, f"solving {at}")
             known = after
-        phase = max(peaks, key=lambda p: peaks[p])
-        return MemoryPlan(
-            device=self.device.type,
-            peak=peaks[phase][0],
-            peak_at=peaks[phase][1],
-            activations=activations,
-            offload=offload,
-            weights=weights,
-            hessian=hessian,
-            solutions=self._solutions(linears),
-            sequences=self.per_call,
-            phases={p: b for p, (b, _) in peaks.items()},
-        )
+        return _Walk(peaks, activations, weights, hessian)
 
-    def _token_weights(self, offload: bool, note: Any) -> tuple[int, int]:
-        """The original model forward and back; returns what it leaves behind and the most it keeps between stretches.
+    def _squares(self) -> int:
+        """The token weights of all groups of linears."""
+        return int(4 * self.tokens * self.calls) * len({n.args[0] for n in self.linears})
+
+    def _token_weights(self, offload: bool, whole: int) -> tuple[dict[str, tuple[int, str]], int]:
+        """The original model forward and back; returns the peaks and the most that is kept between stretches.
 
         Every stretch's start is kept until the way back has passed it, and its gradient until the stretch before it is
-        done. A stretch's values are all on the tape; at the model's end there are one sequence's logits, as floats,
-        their softmax and their gradient.
+        done.
         """
-        cuts = cuts_between_layers(self.order)
-        stretches = [self.order[a:b] for a, b in zip([0, *cuts], [*cuts, len(self.order)], strict=True)]
-        linears = set(quantizable(self.program, self.config.quantize_lm_head))
+        stretches, tail = stretches_of(self.order, whole > 0)
+        bounds = list(itertools.accumulate(len(stretch) for stretch in stretches))
+        share = whole / self.per_call if whole else 1.0
         known: set[Node] = set(self.program.inputs)
         starts, saved = [known], 0.0
-        left = 0
+        forward = 0.0
         for index, stretch in enumerate(stretches[:-1]):
-            made, live = set(stretch), live_values(self.order[cuts[index] :])
+            made, live = set(stretch), live_values(self.order[bounds[index] :])
             after = {n for n in live if n in made or n in known}
             loaded = self.size(params_of(stretch)) + self.size(params_of(stretches[index + 1]))
             held = self._states(known, after, offload) + saved
-            note("original forward", loaded + held + self.working(stretch, known, live), "running the original model")
+            forward = max(forward, loaded + held + self.working(stretch, known, live))
             saved += 0 if offload else self.size(after - known) * self.calls
             known = after
             starts.append(known)
         used = int(sum(self.size(start) for start in starts[1:]) * self.calls)
+        left, back = 0, 0.0
         for index in reversed(range(len(stretches))):
             stretch, last = stretches[index], index + 1 == len(stretches)
-            share = 1 / self.per_call if last else 1.0
-            tape = self.size(set(stretch) - set(starts[index])) + sum(
-                _TEMPORARIES[node.target] * self.values[node].numel() for node in stretch if node.target in _TEMPORARIES
-            )
-            if last:
-                tape += 3 * 4 * self.values[self.program.output].numel()
+            losses = self._losses(tail) if last else 0  # when nothing but the tape and they are there
+            work = share * self._tape(stretch) + max(share * self._step(stretch), losses)
             edges = [self.size(starts[i]) for i in (index, index + 1) if 0 < i < len(stretches)]
-            loaded = self.size(params_of(stretch)) + (self.size(params_of(stretches[index - 1])) if index else 0)
-            note(
-                "gradients",
-                left + loaded + saved + tape * share + max(edges, default=0) * self.calls,
-                "running the original model back",
-            )
-            left += int(4 * self.tokens * self.calls) * len({n.args[0] for n in stretch if n in linears})
+            loaded = self.size(params_of([*stretch, *(tail if last else [])]))
+            loaded += self.size(params_of(stretches[index - 1])) if index else 0
+            back = max(back, left + loaded + saved + work + max(edges, default=0) * self.calls)
+            left += int(4 * self.tokens * self.calls) * len({n.args[0] for n in stretch if n in self.linears})
             if not offload and index:
                 saved -= self.size(starts[index] - starts[index - 1]) * self.calls
-        return left, used
+        peaks = {"gradients": (int(back), "running the original model back")}
+        if len(stretches) > 1:
+            peaks["original forward"] = int(forward), "running the original model"
+        return peaks, used
+
+    def _tape(self, nodes: list[Node]) -> int:
+        """What the backward pass over nodes reads, and what they hand on."""
+        saved: set[Node] = set()
+        extra = 0
+        for node in nodes:
+            rule = _SAVED.get(node.target)
+            saved |= set(node.all_input_nodes) | {node} if rule is None else {node.args[i] for i in rule}
+            if node.target is ops.attention.default or any(user not in nodes for user in node.users):
+                saved.add(node)
+            if not self.fused:
+                extra += self._elements(node) * (_TAPE_HALF if self.half else _TAPE).get(node.target, 0)
+        return self.size(n for n in saved if "param" not in n.meta) + extra
+
+    def _step(self, nodes: list[Node]) -> int:
+        """Most that one op holds besides the tape, forward or back: its operands, its result and its temporaries."""
+        most = 0
+        for node in nodes:
+            operands = [a for a in node.all_input_nodes if "param" not in a.meta]
+            most = max(most, self.size([node]) + self.size(operands) + self._extra(node))
+        return most
+
+    def _losses(self, tail: list[Node]) -> int:
+        """One sequence's logits and their gradient, and their softmax where it is an operation of its own."""
+        logits = self.program.output
+        bytes_ = 2 * self.values[logits].element_size()
+        bytes_ += 0 if self.fused else 8 if self.half else 4
+        return self._elements(logits) // self.per_call * bytes_ + 2 * self.size(live_values(tail))
+
+    def _elements(self, node: Node) -> int:
+        value = self.values[node]
+        return value.numel() if isinstance(value, Tensor) else 0
+
+    def _extra(self, node: Node) -> int:
+        """Temporaries of an op."""
+        if self.fused and node.target in fused_ops():
+            return 0
+        bytes_ = 16 if self.half and node.target is ops.gated_act.default else _TEMPORARIES.get(node.target, 0)
+        return bytes_ * self._elements(node)
 
     def _states(self, before: set[Node], after: set[Node], offload: bool) -> float:
         """Values between stretches while one batch after another goes from ``before`` to ``after``."""
@@ -323,7 +419,7 @@ class _Planner:
         if self.device.type == "cpu":
             return matrices * square, 2 * square + int(4.5 * weight)
         part = min(rows, _QUADRATIC)
-        product = part * columns * 8 + columns * _QUADRATIC * 8 + part * _QUADRATIC * 8
+        product = rows * columns * 4 + columns * _QUADRATIC * 4 + part * _QUADRATIC * 4
         return matrices * square, 2 * square + int(3.5 * weight) + product
 
     def _solutions(self, linears: list[Node]) -> int:

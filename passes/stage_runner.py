@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from gptq_compile.passes.token_parallel import check_token_parallel
 log = logging.getLogger(__name__)
 
 _TOKENS = 16384  # of one call on a GPU
+_STAGE = 1 << 25  # bytes of a pinned buffer
 Env = dict[Node, Any]
 
 
@@ -61,6 +62,7 @@ class Runner:
         self.interpreter = Interpreter(program, device, dtype)
         self.offload = offload and device.type == "cuda"
         self._writer = ThreadPoolExecutor(1, "park-solutions")
+        self._pinned: list[Tensor] = []
         self._ahead: dict[tuple[Node, bool], Future[tuple[Tensor, Any]]] = {}
         self._reader = ThreadPoolExecutor(1, "read-weights")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -130,7 +132,28 @@ class Runner:
         assert self._out is not None
         with torch.cuda.stream(self._out):
             self._out.wait_event(made)
-            solutions[weight] = solutions[weight].to("cpu")
+            solution = solutions[weight]
+            codes = self._parked(solution.codes)
+            solutions[weight] = replace(solution, codes=codes).to("cpu")
+
+    def _parked(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory, by way of two pinned buffers: a copy straight to pageable memory makes every launch of
+        other threads wait until it is done."""
+        assert self._out is not None
+        if not self._pinned:
+            self._pinned = [torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        result = torch.empty(tensor.shape, dtype=tensor.dtype)
+        source, into = (t.view(-1).view(torch.uint8) for t in (tensor.contiguous(), result))
+        waiting: list[tuple[Any, Tensor, Tensor]] = []
+        for i, (a, b) in enumerate(zip(source.split(_STAGE), into.split(_STAGE), strict=True)):
+            stage = self._pinned[i % 2][: a.numel()]
+            stage.copy_(a, non_blocking=True)
+            waiting.append((self._out.record_event(), stage, b))
+            if i:
+                _unload(*waiting.pop(0))
+        for one in waiting:
+            _unload(*one)
+        return result
 
     def run(self, known: Env, nodes: list[Node], live: Iterable[Node], loaded: Env, sequences: int = 1) -> Env:
         """The values of ``live`` that ``nodes`` make or that are ``known`` already, for one batch."""
@@ -152,6 +175,11 @@ class Runner:
             kept[node] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             kept[node].copy_(value, non_blocking=True)
         batch.values = kept
+
+
+def _unload(ready: Any, stage: Tensor, into: Tensor) -> None:
+    ready.synchronize()
+    into.copy_(stage)
 
 
 def params_of(nodes: Iterable[Node]) -> list[Node]:

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 PANEL = 32  # columns per panel where each column costs several operations: panels stay in cache
 FUSED_PANEL = 128  # columns per panel where a panel is one launch
+BLOCK = 512  # columns between two updates of all columns behind them, on a GPU
 SERIAL_ROWS = 16384  # rows below which a column's operations are too short to share among CPU threads
 
 
@@ -28,6 +29,40 @@ def _fused() -> Callable[..., None] | None:
         log.warning("Triton cannot be imported (%s); GPTQ's column loop launches seven kernels a column.", error)
         return None
     return quantize_panel_fused
+
+
+@functools.cache
+def fused_range() -> Callable[..., None] | None:
+    """The one-launch CUDA version of fitting a group by its range, or None without Triton."""
+    if _fused() is None:
+        return None
+    from gptq_compile.passes.gptq.grid_triton import fit_range_fused
+
+    return fit_range_fused
+
+
+@functools.cache
+def _fused_update() -> Callable[..., None] | None:
+    """The update of all weights behind a block on tensor cores, or None without Triton."""
+    if _fused() is None:
+        return None
+    from gptq_compile.passes.gptq import update_triton
+
+    return update_triton.subtract_product
+
+
+def subtract_product(work: Tensor, upper: Tensor, error: Tensor) -> None:
+    """work -= upper^T error: what a block's errors cost all columns behind it (paper, step 4 of section 3.3).
+
+    Args:
+        work: f32[M, N] weights of the columns behind, transposed.
+        upper: f32[P, M] the block's rows of U. ``error``: f32[P, N] its errors.
+    """
+    fused = _fused_update() if work.is_cuda and error.shape[0] <= BLOCK else None
+    if fused is None:
+        work.addmm_(upper.t(), error, alpha=-1)
+    else:
+        fused(work, upper, error)
 
 
 def panel_width(device: torch.device) -> int:

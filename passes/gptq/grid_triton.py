@@ -136,3 +136,77 @@ def search_fused(
             COLUMNS=width,
             num_warps=4,
         )
+
+
+@triton.jit
+def _range_kernel(
+    work, alive, scales, zeros, n, columns, stride, top, smallest, largest,
+    SYM: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = r < n
+    low = tl.zeros([COLUMNS, ROWS], tl.float32)  # a range holds 0
+    high = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for begin in range(0, columns, COLUMNS):
+        c = begin + tl.arange(0, COLUMNS)
+        w = tl.load(work + c[:, None] * stride + r[None, :], mask=(c < columns)[:, None] & live[None, :], other=0.0)
+        if MASKED:
+            w = w * tl.load(alive + c, mask=c < columns, other=0.0)[:, None]
+        low, high = tl.minimum(low, w), tl.maximum(high, w)
+    bottom, peak = tl.min(low, axis=0), tl.max(high, axis=0)
+    if SYM:
+        peak = tl.maximum(-bottom, peak)
+        bottom = -peak
+    empty = (bottom == 0) & (peak == 0)
+    bottom, peak = tl.where(empty, -1.0, bottom), tl.where(empty, 1.0, peak)
+    exact = tl.div_rn(peak, top + tl.zeros_like(peak)) - tl.div_rn(bottom, top + tl.zeros_like(peak))
+    half = tl.minimum(tl.maximum(exact, smallest), largest).to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True) + (half.to(tl.float32) < exact).to(tl.int16)
+    scale = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    scale = tl.minimum(tl.maximum(scale, smallest), largest)
+    if SYM:
+        zero = tl.zeros_like(scale) + (top + 1.0) / 2.0
+    else:
+        zero = tl.minimum(tl.maximum((tl.div_rn(-bottom, scale) + 12582912.0) - 12582912.0, 0.0), top)
+    tl.store(scales + r, scale, mask=live)
+    tl.store(zeros + r, zero, mask=live)
+
+
+def fit_range_fused(
+    work: Tensor,
+    alive: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor,
+    top: int,
+    sym: bool,
+    limits: tuple[float, float],
+) -> None:
+    """`grid.fit` by range of one group on CUDA, on the transposed weight that the column loop works on.
+
+    Args:
+        work: f32[C, N] the group's columns, each with its N weights side by side.
+        alive: f32[C] factors of the columns, or None for 1.
+        scales: f32[N], contiguous, receives the scales. `zeros`: f32[N] likewise the zero points.
+        top: Largest code. `sym`: a symmetric range.
+        limits: Smallest and largest scale.
+    """
+    columns, n = work.shape
+    assert n == 1 or work.stride(1) == 1
+    with torch.cuda.device(work.device) if work.is_cuda else nullcontext():  # not CUDA: Triton's interpreter
+        _range_kernel[(triton.cdiv(n, 64),)](
+            work,
+            work if alive is None else alive,
+            scales,
+            zeros,
+            n,
+            columns,
+            work.stride(0),
+            float(top),
+            limits[0],
+            limits[1],
+            SYM=sym,
+            MASKED=alive is not None,
+            ROWS=64,
+            COLUMNS=32,
+            num_warps=4,
+        )

@@ -9,11 +9,21 @@ gathered into long products, and only blocks on and above the diagonal are compu
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed
 from torch import Tensor
 
 from gptq_compile.errors import CalibrationError
+
+log = logging.getLogger(__name__)
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 _SAFE = 1e37  # of float32's 3.4e38; sums that may exceed it are kept in float64
 
@@ -31,6 +41,17 @@ def column_blocks(features: int, block: int = _BLOCK) -> list[tuple[int, int]]:
     count = max(1, min(8, features // block))
     width = -(-features // count // 64) * 64 if count > 1 else features
     return [(a, min(a + width, features)) for a in range(0, features, width)]
+
+
+@functools.cache
+def _fused() -> Callable[..., Any] | None:
+    """What precedes a product in one pass over tokens, or None without Triton (optional in torch's CUDA wheels)."""
+    try:
+        from gptq_compile.passes.gptq.weigh_triton import weigh
+    except ImportError as error:
+        log.warning("Triton cannot be imported (%s); Hessians read activations several times.", error)
+        return None
+    return weigh
 
 
 class Hessian:
@@ -101,6 +122,9 @@ class Hessian:
         if x.shape[-1] != self.features:
             raise CalibrationError(f"{self.name} has {x.shape[-1]} features where its Hessian expects {self.features}.")
         x = x.reshape(-1, self.features)
+        if x.is_cuda and x.dtype in _HALVES and self._sum.dtype == torch.float32 and (fused := _fused()) is not None:
+            done = self._add_at_once(x, weights, fused)
+            x, weights = x[done:], None if weights is None else weights.reshape(-1)[done:]
         if x.shape[0] == 0:
             return
         low, high = torch.aminmax(x, dim=0)  # NaN where a column holds one
@@ -139,24 +163,66 @@ class Hessian:
         self._finish()
         self._sum.addmm_(x.t(), x)
 
-    def _add_halves(self, x: Tensor, roots: Tensor | None) -> None:
+    def _add_at_once(self, x: Tensor, weights: Tensor | None, weigh: Callable[..., Any]) -> int:
+        """Adds 16-bit tokens in one pass over them and one wait, up to where something is unusual.
+
+        Returns:
+            How many tokens were added; `add` looks at the others more closely.
+        """
+        if weights is not None:
+            weights = weights.reshape(-1).to(x.device, torch.float32)
+            if weights.numel() != x.shape[0]:
+                return 0
+        done = 0
+        while done < x.shape[0]:
+            room = self._room(x)
+            count = min(x.shape[0] - done, self._gather - self._count)
+            part = slice(done, done + count)
+            d = None if weights is None else weights[part]
+            low, high = weigh(x[part], d, room[self._count : self._count + count])
+            numbers = [low.amin().neg(), high.amax()] + ([] if d is None else [d.amin(), d.amax()])
+            negative, positive, lightest, heaviest = [*torch.stack(numbers).tolist(), 1.0, 1.0][:4]
+            peak = max(abs(negative), abs(positive)) * max(heaviest, 0.0) ** 0.5
+            bound = self._bound + count * peak * peak
+            usual = lightest >= 0 and math.isfinite(negative) and math.isfinite(positive) and bound <= _SAFE
+            if not usual or (x.dtype == torch.float16 and peak >= _HALF_PEAK):
+                break
+            self._bound = bound
+            self._low = torch.minimum(self._low, low)
+            self._high = torch.maximum(self._high, high)
+            self.tokens += count
+            self._took(count)
+            done += count
+        return done
+
+    def _room(self, x: Tensor) -> Tensor:
+        """Where tokens of x's type wait."""
         if self._waiting is not None and self._waiting.dtype != x.dtype:
             self._finish()
         if self._waiting is None:
             self._waiting = torch.empty(self._gather, self.features, dtype=x.dtype, device=x.device)
+        return self._waiting
+
+    def _took(self, count: int) -> None:
+        """Multiplies when the room is full."""
+        self._count += count
+        if self._count == self._gather:
+            assert self._waiting is not None
+            self._multiply(self._waiting)
+            self._count = 0
+
+    def _add_halves(self, x: Tensor, roots: Tensor | None) -> None:
+        waiting = self._room(x)
         done = 0
         while done < x.shape[0]:
             count = min(x.shape[0] - done, self._gather - self._count)
-            part, room = x[done : done + count], self._waiting[self._count : self._count + count]
+            part, room = x[done : done + count], waiting[self._count : self._count + count]
             if roots is None:
                 room.copy_(part)
             else:
                 torch.mul(part, roots[done : done + count].unsqueeze(1), out=room)
-            self._count += count
+            self._took(count)
             done += count
-            if self._count == self._gather:
-                self._multiply(self._waiting)
-                self._count = 0
 
     def _multiply(self, z: Tensor) -> None:
         """Adds z^T z: for each block of columns, its product with all columns from its first on."""

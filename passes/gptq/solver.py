@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from gptq_compile.errors import ConfigError
-from gptq_compile.passes.gptq.columns import PANEL, panel_width, quantize_panel
+from gptq_compile.passes.gptq.columns import (
+    BLOCK,
+    PANEL,
+    fused_range,
+    panel_width,
+    quantize_panel,
+    subtract_product,
+)
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import Factor, factorize, no_factor
-from gptq_compile.passes.gptq.grid import fit, fit_groups, zero_points
+from gptq_compile.passes.gptq.grid import MAX_SCALE, MIN_SCALE, fit, fit_groups, zero_points
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq.phases import phase
 from gptq_compile.passes.gptq.quadratic import row_quadratic
@@ -69,7 +76,7 @@ def _solve(weight: Tensor, hessian: Hessian | Factor | Tensor, config: QuantizeC
     with phase("grids", w.device):
         baseline = rtn(w, config, name=name) if by_name else _rounded(w, factor, config)
     with phase("errors", w.device):
-        energy = row_quadratic(w, factor.hessian, factor.scale)
+        energy = row_quadratic(w, factor.hessian, factor.scale, rough=True)
         error_rtn = row_quadratic(w - baseline.weight, factor.hessian, factor.scale)
     if by_name or factor.upper is None:
         solution, errors = (
@@ -207,19 +214,16 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
     # The fused loop reads the pivots itself; a list would make the host wait.
     inverse_pivots = [] if w.is_cuda and panel_width(w.device) > PANEL else upper.diagonal().reciprocal().tolist()
-    error = torch.empty(min(k, max(config.block_size, 1)), n, device=w.device)
+    # Longer products on a GPU: less of an update is reading and writing the weights.
+    block = max(config.block_size, BLOCK) if w.is_cuda else config.block_size
+    error = torch.empty(min(k, max(block, 1)), n, device=w.device)
 
     cut = None if config.static_groups else size
     panel = panel_width(w.device)
-    for begin, end in _blocks(k, config.block_size, cut):
+    for begin, end in _blocks(k, block, cut):
         for a, b in _panels(begin, end, cut, panel):
             if not config.static_groups and a % size == 0:
-                g = a // size
-                part = slice(a, min(a + size, k))
-                group = _mask(work[part].t(), None if alive is None else alive[part], size)
-                chosen = None if importance is None else importance[part].unsqueeze(0)
-                s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.clips, chosen)
-                scales[g], zeros[g] = s.squeeze(1), z.squeeze(1)
+                _fit_group(work[a : min(a + size, k)], alive, importance, slice(a, a + size), scales, zeros, config)
             quantize_panel(
                 work[a:b],
                 upper[a:b, a:b],
@@ -234,7 +238,7 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
             if b < end:
                 work[b:end].addmm_(upper[a:b, b:end].t(), error[a - begin : b - begin], alpha=-1)
         if end < k:
-            work[end:].addmm_(upper[begin:end, end:].t(), error[: end - begin], alpha=-1)
+            subtract_product(work[end:], upper[begin:end, end:], error[: end - begin])
 
     g_idx = None
     if order is not None:
@@ -255,18 +259,49 @@ def _column_loop(w: Tensor, factor: Factor, config: QuantizeConfig, rounded: Sol
     )
 
 
+def _fit_group(
+    work: Tensor,
+    alive: Tensor | None,
+    importance: Tensor | None,
+    part: slice,
+    scales: Tensor,
+    zeros: Tensor,
+    config: QuantizeConfig,
+) -> None:
+    """Fits the grid of the group whose columns are ``part``, in processing order.
+
+    Args:
+        work: f32[C, N] those columns with all corrections of the columns before them.
+        alive: f32[K] or None, see `_mask`. `importance`: f32[K] or None, see `grid.fit`.
+        scales: f32[G, N], of which the group's row is written. `zeros`: f32[G, N] likewise.
+    """
+    g = part.start // (part.stop - part.start)
+    alive = None if alive is None else alive[part]
+    if work.is_cuda and not config.clips and (fused := fused_range()) is not None:
+        keep = None if alive is None else _kept(alive, len(work))
+        fused(work, keep, scales[g], zeros[g], config.max_code, config.sym, (MIN_SCALE, MAX_SCALE))
+        return
+    group = _mask(work.t(), alive, part.stop - part.start)
+    chosen = None if importance is None else importance[part].unsqueeze(0)
+    s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.clips, chosen)
+    scales[g], zeros[g] = s.squeeze(1), z.squeeze(1)
+
+
 def _mask(weight: Tensor, alive: Tensor | None, size: int) -> Tensor:
     """Weight [N, C] to fit grids on: dead columns count as 0, which every range holds anyway.
 
     A group without any live column keeps its weights, or it would get an arbitrary grid.
     """
-    if alive is None:
-        return weight
+    return weight if alive is None else weight * _kept(alive, size)
+
+
+def _kept(alive: Tensor, size: int) -> Tensor:
+    """`alive` with groups of `size` columns without any live one as if they were."""
     keep = alive.clone()
     for part in keep.split(size):
         if not bool(part.any()):
             part.fill_(1.0)
-    return weight * keep
+    return keep
 
 
 def _blocks(k: int, block: int, size: int | None) -> list[tuple[int, int]]:

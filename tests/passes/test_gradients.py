@@ -51,20 +51,20 @@ def from_transformers(model, ids):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma2"])
 def test_they_are_those_of_autograd(architecture):
-    """Whatever the number of sequences a call takes, and wherever the graph is cut."""
+    """Whatever the number of sequences a call takes, and wherever the graph is cut, or not cut at all."""
     model = tiny_model(architecture).eval()
     program = traced(model)
     linears = quantizable(program, False)
     assert cuts_between_layers([n for n in program.graph.nodes if n.op == "call_function"])
     ids = torch.randint(0, 200, (3, 20), generator=torch.Generator().manual_seed(0))
     expected = from_transformers(model, ids)
-    for per_call in (1, 2):
+    for per_call, whole in ((1, False), (2, False), (2, True)):
         with Runner(program, CPU) as runner:
-            got = squared_gradients(program, runner, runner.batches(ids, per_call), linears)
+            got = squared_gradients(program, runner, runner.batches(ids, per_call), linears, whole)
         assert set(got) == {n.args[0] for n in linears}
-        for source, parts in got.items():
+        for source, squares in got.items():
             names = [n.args[1].meta["param"] for n in linears if n.args[0] is source]
-            torch.testing.assert_close(torch.cat(parts), sum(expected[n] for n in names), rtol=2e-4, atol=1e-9)
+            torch.testing.assert_close(squares, sum(expected[n] for n in names), rtol=2e-4, atol=1e-9)
 
 
 def test_they_leave_the_parameters_alone():

@@ -82,3 +82,18 @@ def test_activations_leave_a_gpu_that_is_too_small() -> None:
     assert tight.offload and tight.peak < roomy.peak
     assert tight.host == tight.solutions + tight.activations
     assert "pinned" in dict(tight.lines())["activations"]
+
+
+def test_one_tape_takes_the_whole_model_where_it_fits() -> None:
+    program = llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=2048)
+    program.info.config["dtype"] = "bfloat16"
+    roomy = plan_memory(program, config(), 32, 2048, CUDA, limit=10**12)
+    assert roomy.tape == roomy.sequences == 8 and "original forward" not in roomy.phases
+    fewer = plan_memory(program, config(), 32, 2048, CUDA, limit=roomy.phases["gradients"] - 1)
+    assert 0 < fewer.tape < 8 and not fewer.offload
+    assert fewer.phases["gradients"] < roomy.phases["gradients"] and fewer.phases["solve"] == roomy.phases["solve"]
+    none = plan_memory(program, config(token_weighting="none"), 32, 2048, CUDA, limit=10**12)
+    assert none.tape == 0 and "gradients" not in none.phases
+    # On a CPU, where it costs no memory.
+    there = plan_memory(program, config(), 32, 128, CPU)
+    assert there.tape == 1 and there.peak < plan_memory(program, config(), 64, 128, CPU).peak
