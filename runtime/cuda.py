@@ -65,7 +65,7 @@ class Driver:
             DeviceError: if there is no driver or no GPU.
         """
         try:
-            library = ctypes.CDLL("libcuda.so.1")
+            library = self._library = ctypes.CDLL("libcuda.so.1")
             self._functions = {}
             for name, arguments in _SIGNATURES.items():
                 self._functions[name] = getattr(library, name)
@@ -85,7 +85,18 @@ class Driver:
         self.device_count = count.value
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        status = self._functions[name](*arguments)
+        self.check(name, self._functions[name](*arguments))
+
+    def function(self, name: str, arguments: Sequence[Any]) -> Any:
+        """A function of the driver with these argument types, or None if the driver does not have it."""
+        function = getattr(self._library, name, None)
+        if function is None or name in self._functions:
+            return self._functions.get(name)
+        function.argtypes, function.restype = list(arguments), ctypes.c_int
+        return function
+
+    def check(self, name: str, status: int) -> None:
+        """Raises DeviceError unless ``status`` is CUDA_SUCCESS."""
         if status:
             raise DeviceError(f"The CUDA driver call {name} failed: {self._describe(status)}.")
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "run": ("gptq_compile.cli.run", "generate text with a compiled model"),
     "chat": ("gptq_compile.cli.chat", "talk to a compiled model"),
     "eval": ("gptq_compile.cli.evaluate", "perplexity of a compiled model on a text"),
+    "bench": ("gptq_compile.cli.bench", "tokens a second, time to the first token and kernel times on this machine"),
     "inspect": ("gptq_compile.cli.inspect", "what is in a compiled model, and how well each layer was quantized"),
     "doctor": ("gptq_compile.cli.doctor", "what this machine can do, and how to mend what it cannot"),
 }

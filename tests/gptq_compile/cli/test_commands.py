@@ -142,6 +142,40 @@ def test_eval_is_the_perplexity_of_the_dequantized_model(
     assert f"perplexity {events[-1]['perplexity']:.3f}" in capsys.readouterr().out
 
 
+def test_bench_tells_speed_and_first_token(compiled: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "bench",
+        str(compiled.artifact),
+        "--batch",
+        "2,1",
+        "--context",
+        "9999",
+        "--steps",
+        "4",
+        "--prompt",
+        "20",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    (result,) = lines(capsys.readouterr().out)
+    assert [step["batch"] for step in result["steps"]] == [1, 2]
+    for step in result["steps"]:
+        assert step["context"] == 252  # of 256: what the steps leave
+        assert step["tokens_per_second"] == pytest.approx(step["batch"] / step["seconds"]) and step["seconds"] > 0
+    assert result["first_token"]["prompt"] == 20 and result["first_token"]["seconds"] > 0
+    assert "kernels" not in result  # of a CPU
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and "first token of a prompt of 20" in said
+
+
+@pytest.mark.parametrize(("given", "sentence"), [(["--batch", "0"], "batch sizes"), (["--steps", "1"], "fewer than 2")])
+def test_bench_refuses_what_cannot_be_timed(
+    compiled: Any, capsys: pytest.CaptureFixture[str], given: list[str], sentence: str
+) -> None:
+    assert main(["bench", str(compiled.artifact), *given]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_inspect_tells_settings_layers_and_kernels(compiled: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(compiled.artifact), "--json", "--verify"]) == 0
     [found] = lines(capsys.readouterr().out)
