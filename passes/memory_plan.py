@@ -10,57 +10,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, fx
 
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import HUGE, LARGE
 from gptq_compile.passes.gptq.hessian import GATHER
 from gptq_compile.passes.gradients import stretches_of
-from gptq_compile.passes.interpret import Interpreter, fused_ops
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stage_runner import compute_dtype, params_of, sequences_per_call
 from gptq_compile.passes.stages import Group, Stage, features_of, live_values, own_linears, quantizable, stages_of
-
-aten = torch.ops.aten
-ops = torch.ops.gptq_compile
-
-_TEMPORARIES = {
-    ops.rms_norm.default: 12,
-    ops.layer_norm.default: 8,
-    ops.rotary_embedding.default: 16,
-    ops.gated_act.default: 8,
-}
-"""Bytes per element of the result that an op's reference holds besides operands and result, all of them float32."""
-
-_SAVED: dict[Any, tuple[int, ...]] = {
-    aten.linear.default: (),
-    aten.embedding.default: (),
-    aten.add.Tensor: (),
-    aten.sub.Tensor: (),
-    aten.reshape.default: (),
-    aten.unsqueeze.default: (),
-    aten.transpose.int: (),
-    aten.cat.default: (),
-    aten._to_copy.default: (),
-    ops.rms_norm.default: (0,),
-    ops.layer_norm.default: (0,),
-    ops.rotary_embedding.default: (),
-    ops.gated_act.default: (0, 1),
-    ops.attention.default: (0, 1, 2),
-}
-"""Which operands of an op its derivative reads (parameters aside, which have none); of others, all and the result."""
-
-_TAPE = {ops.gated_act.default: 4}
-_TAPE_HALF = {
-    ops.gated_act.default: 12,
-    ops.rms_norm.default: 4,
-    ops.layer_norm.default: 4,
-}
-"""Bytes per element of the result that the tape holds besides, where an op's definition runs (on 16-bit values)."""
+from gptq_compile.passes.value_sizes import ValueSizes
 
 _QUADRATIC = 4096  # rows and columns of a product in gptq/quadratic.py
 _RESERVE = 0.92  # of a GPU's free memory that a plan may use: fragments are lost
@@ -152,20 +113,6 @@ def plan_memory(
     return min(plans, key=lambda plan: plan.peak)
 
 
-class _ShapeInterpreter(Interpreter):
-    """Runs on meta tensors: shapes and types, no values."""
-
-    def param(self, node: fx.Node) -> Tensor:
-        shape = self.program.params.shape(node.meta["param"])
-        return torch.empty(shape, dtype=self.param_dtype(node), device="meta")
-
-    def call(self, node: Node, env: dict[Node, Any], sequences: int) -> Any:
-        look = env.__getitem__
-        return self._call(
-            node.target, fx.node.map_arg(node.args, look), fx.node.map_arg(node.kwargs, look), sequences, False
-        )
-
-
 @dataclass(frozen=True)
 class _Walk:
     """The walk's part of a plan."""
@@ -176,67 +123,16 @@ class _Walk:
     hessian: int
 
 
-class _Planner:
+class _Planner(ValueSizes):
     def __init__(
         self, program: Program, config: QuantizeConfig, sequences: int, tokens: int, device: torch.device
     ) -> None:
-        self.program, self.config, self.device = program, config, device
-        self.per_call = min(sequences, sequences_per_call(program, device, tokens))
-        self.tokens = self.per_call * tokens  # of one call
-        self.calls = sequences / self.per_call
-        self.dtype = compute_dtype(config, program, device)
-        self.half = self.dtype != torch.float32
-        self.order = [n for n in program.graph.nodes if n.op == "call_function"]
-        self.values = self._values()
-        self.fused = device.type == "cuda" and bool(fused_ops())
+        per_call = min(sequences, sequences_per_call(program, device, tokens))
+        super().__init__(program, device, compute_dtype(config, program, device), per_call, tokens)
+        self.config = config
+        self.calls = sequences / per_call
         self.linears = quantizable(program, config.quantize_lm_head)
         self._walks: dict[bool, _Walk] = {}
-
-    def _values(self) -> dict[Node, Any]:
-        """Every value on meta, for the tokens of one call."""
-        interpreter = _ShapeInterpreter(self.program, "meta", self.dtype)
-        n = self.tokens
-        whole = {"input_ids": (1, n), "position_ids": (1, n), "logit_rows": (n,)}
-        env: dict[Node, Any] = {
-            node: torch.empty(whole[node.name], dtype=torch.int64, device="meta") for node in self.program.inputs
-        }
-        for node in self.order:
-            for arg in node.all_input_nodes:
-                if arg not in env and "param" in arg.meta:
-                    env[arg] = interpreter.param(arg)
-            env[node] = interpreter.call(node, env, self.per_call)
-        return env
-
-    # -- sizes
-
-    def stored(self, nodes: Any) -> dict[int, int]:
-        """Storage -> bytes of the values of nodes: a view costs nothing beside what it views."""
-        found = {}
-        for node in nodes:
-            value = self.values[node]
-            for t in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(t, Tensor):
-                    found[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return found
-
-    def size(self, nodes: Any) -> int:
-        return sum(self.stored(nodes).values())
-
-    def working(self, nodes: list[Node], known: set[Node], keep: set[Node]) -> int:
-        """Most bytes one call holds at once beside what was ``known`` and its parameters."""
-        last: dict[Node, Node] = {}
-        for node in nodes:
-            for arg in node.all_input_nodes:
-                last[arg] = node
-        outside = set(self.stored(known)) | set(self.stored(params_of(nodes)))
-        live: set[Node] = set()
-        peak = 0
-        for node in nodes:
-            live.add(node)
-            held = sum(size for storage, size in self.stored(live).items() if storage not in outside)
-            peak = max(peak, held + self._extra(node))
-            live -= {a for a in node.all_input_nodes if last[a] is node and a not in keep}
-        return peak
 
     # -- the walk
 
@@ -335,8 +231,8 @@ class _Planner:
         left, back = 0, 0.0
         for index in reversed(range(len(stretches))):
             stretch, last = stretches[index], index + 1 == len(stretches)
-            losses = self._losses(tail) if last else 0  # when nothing but the tape and they are there
-            work = share * self._tape(stretch) + max(share * self._step(stretch), losses)
+            losses = self.losses(tail) if last else 0  # when nothing but the tape and they are there
+            work = share * self.tape(stretch) + max(share * self.step(stretch), losses)
             edges = [self.size(starts[i]) for i in (index, index + 1) if 0 < i < len(stretches)]
             loaded = self.size(params_of([*stretch, *(tail if last else [])]))
             loaded += self.size(params_of(stretches[index - 1])) if index else 0
@@ -348,45 +244,6 @@ class _Planner:
         if len(stretches) > 1:
             peaks["original forward"] = int(forward), "running the original model"
         return peaks, used
-
-    def _tape(self, nodes: list[Node]) -> int:
-        """What the backward pass over nodes reads, and what they hand on."""
-        saved: set[Node] = set()
-        extra = 0
-        for node in nodes:
-            rule = _SAVED.get(node.target)
-            saved |= set(node.all_input_nodes) | {node} if rule is None else {node.args[i] for i in rule}
-            if node.target is ops.attention.default or any(user not in nodes for user in node.users):
-                saved.add(node)
-            if not self.fused:
-                extra += self._elements(node) * (_TAPE_HALF if self.half else _TAPE).get(node.target, 0)
-        return self.size(n for n in saved if "param" not in n.meta) + extra
-
-    def _step(self, nodes: list[Node]) -> int:
-        """Most that one op holds besides the tape, forward or back: its operands, its result and its temporaries."""
-        most = 0
-        for node in nodes:
-            operands = [a for a in node.all_input_nodes if "param" not in a.meta]
-            most = max(most, self.size([node]) + self.size(operands) + self._extra(node))
-        return most
-
-    def _losses(self, tail: list[Node]) -> int:
-        """One sequence's logits and their gradient, and their softmax where it is an operation of its own."""
-        logits = self.program.output
-        bytes_ = 2 * self.values[logits].element_size()
-        bytes_ += 0 if self.fused else 8 if self.half else 4
-        return self._elements(logits) // self.per_call * bytes_ + 2 * self.size(live_values(tail))
-
-    def _elements(self, node: Node) -> int:
-        value = self.values[node]
-        return value.numel() if isinstance(value, Tensor) else 0
-
-    def _extra(self, node: Node) -> int:
-        """Temporaries of an op."""
-        if self.fused and node.target in fused_ops():
-            return 0
-        bytes_ = 16 if self.half and node.target is ops.gated_act.default else _TEMPORARIES.get(node.target, 0)
-        return bytes_ * self._elements(node)
 
     def _states(self, before: set[Node], after: set[Node], offload: bool) -> float:
         """Values between stretches while one batch after another goes from ``before`` to ``after``."""
