@@ -41,7 +41,7 @@ demo/text.txt: | $(VENV)/.python
 	  pathlib.Path("$@").write_text("\n\n".join(t.topics[k] for k in sorted(t.topics)), encoding="utf-8")'
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 # Before anything imports torch or TVM: tests run beside each other on small machines.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning barriers cost ten times the work on busy cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
