@@ -62,8 +62,10 @@ def _slice_scatter(i: Any, node: Any) -> Any:
 
 def _gather(i: Any, node: Any) -> Any:
     x, dim, index = node.args[:3]
-    _last_axis(node, x, dim)
-    return i.emit(relax.op.gather_elements(i.env[x], i.env[index], axis=x.meta["val"].dim() - 1))
+    shape = x.meta["val"].shape
+    if not all(isinstance(size, int) for size in shape):  # a table without tokens may be indexed along any axis
+        _last_axis(node, x, dim)
+    return i.emit(relax.op.gather_elements(i.env[x], i.env[index], axis=dim % len(shape)))
 
 
 def _scatter(i: Any, node: Any) -> Any:

@@ -51,6 +51,7 @@ def _written_in_place(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "gather": lambda x, index, values: x.gather(-1, index),
+    "gather_rows": lambda x, index, values: x.gather(0, index % 2),
     "scatter_tensor": lambda x, index, values: x.scatter(1, index, values),
     "scatter_number": lambda x, index, values: torch.zeros_like(x).scatter(-1, index, 1.0),
     "scatter_bool": lambda x, index, values: x.masked_fill(torch.zeros_like(x).scatter(1, index, 1.0) == 0, -1.0),
@@ -80,7 +81,7 @@ def test_tvm_computes_what_torch_computes(name: str) -> None:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda x, index, values: x.gather(0, index), "gather.* indexes dimension 0; only the last one"),
+        (lambda x, index, values: x.scatter(0, index, values), "scatter.* indexes dimension 0; only the last one"),
         (lambda x, index, values: x.scatter_add(1, index, values), "scatter_add.* has no translation to TVM"),
         (lambda x, index, values: x.scatter(1, index, values, reduce="add"), "scatter.*no translation"),
         (lambda x, index, values: x.scatter(1, index[:2], values[:2]), "scatters into a part of the rows"),
