@@ -109,6 +109,7 @@ def divisions(shape: Any, archs: tuple[str, ...]) -> list[Any]:
 def build(arguments: argparse.Namespace) -> None:
     """Builds every kernel into OUT/kernels.so and lists them in OUT/kernels.json."""
     from gptq_compile.kernels.cuda import stream, tile_linear
+    from gptq_compile.kernels.layouts import layout_for
     from gptq_compile.kernels.registry import select
     from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
     from gptq_compile.kernels.target import Target
@@ -122,7 +123,8 @@ def build(arguments: argparse.Namespace) -> None:
     def add(entry: dict[str, Any], func: Any, key: str) -> None:
         if key not in functions:
             functions[key] = func.with_attr("global_symbol", key)
-        table.append({**entry, "function": key})
+        layout = layout_for(_case(entry["shape"], entry["bits"], 1, 1), target).name
+        table.append({**entry, "function": key, "layout": layout})
 
     for name in arguments.shapes:
         for bits in arguments.bits:
@@ -203,9 +205,8 @@ class Bench:
                 times.append(first.elapsed_time(last) * 1e3 / count)
         return statistics.median(times)
 
-    def weights(self, name: str, bits: int) -> tuple[Any, Any, Any]:
+    def weights(self, name: str, bits: int, layout: Any) -> tuple[Any, Any, Any]:
         """Returns random qweight and scales [copies, ...] and the float64 rows of the first copy's sample tiles."""
-        from gptq_compile.kernels.layouts import FragmentTiles
         from gptq_compile.kernels.registry import Case
 
         torch = self.torch
@@ -218,8 +219,8 @@ class Bench:
                          group_size=GROUP, has_zeros=False, has_bias=False)  # fmt: skip
         tiles = self.sample(name)
         packed = {"qweight": words[0][tiles].cpu().numpy().view(np.uint32), "scales": scales[0][tiles].cpu().numpy()}
-        codes = FragmentTiles().unpack(case, packed).astype(np.float64) - (1 << (bits - 1))
-        rows = codes * FragmentTiles().unpack_grid(case, packed)[0].astype(np.float64).repeat(GROUP, 1)
+        codes = layout.unpack(case, packed).astype(np.float64) - (1 << (bits - 1))
+        rows = codes * layout.unpack_grid(case, packed)[0].astype(np.float64).repeat(GROUP, 1)
         return words.view(torch.uint32), scales, torch.from_numpy(rows).cuda()
 
     def sample(self, name: str) -> Any:
@@ -258,6 +259,8 @@ def _check_and_time(bench: Bench, entry: dict[str, Any], packed: tuple[Any, Any,
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks and times; returns the number of kernels that failed the check."""
+    from gptq_compile.kernels.layouts import by_name
+
     bench = Bench(arguments.out)
     torch = bench.torch
     table = json.loads((arguments.out / "kernels.json").read_text())
@@ -271,7 +274,7 @@ def run(arguments: argparse.Namespace) -> int:
         floor = _time_floor(bench, name, bits, entries)
         say(f"{name} {n}x{k} {bits} bits: floor {floor:.2f} us, {_bytes(name, bits) / floor / 1e3:.0f} GB/s\n")
         results.append({"shape": name, "bits": bits, "rows": 0, "kernel": "floor", "us": floor})
-        packed = bench.weights(name, bits)
+        packed = bench.weights(name, bits, by_name(entries[0]["layout"]))
         for rows in dict.fromkeys(entry["rows"] for entry in entries if entry["rows"]):
             x = torch.randn((rows, k), device="cuda").half()
             timed = []
@@ -322,11 +325,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("build", "run"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--target", default="cuda:sm_90")
+    parser.add_argument("--target", default="cuda:sm_90a")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 512])
-    parser.add_argument("--static", type=int, default=16, help="up to how many rows the number is known to the kernel")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048])
+    parser.add_argument("--static", type=int, default=64, help="up to how many rows the number is known to the kernel")
     parser.add_argument("--tune", action="store_true", help="also build other divisions of the stream kernel")
     parser.add_argument("--best", type=int, default=3, help="print that many of the fastest")
     parser.add_argument("--peers", action="store_true", help="also time torch's linears")

@@ -5,7 +5,8 @@ mma.m16n8k16 wants from lane (g, c) = (lane / 4, lane % 4) pairs of neighbouring
 the codes of four such steps in exactly the words of the lane that needs them, so a warp reads a tile with coalesced
 loads and nothing is exchanged. The order of k is free as long as activations follow it: steps 2p and 2p + 1 of lane c
 stand for the eight k from 32p + 8c on, so activations are read 16 bytes at a time and groups of any multiple of 32
-codes begin and end between steps.
+codes begin and end between steps. In the other, `natural` order step s stands for the sixteen k from 16s on, as wgmma
+reads them where activations were copied to shared memory as they are.
 
 A code that stands at bit s of a half-word, with the other bits masked away, *is* the half code * 2**(s - 24): a
 subnormal number, which tensor cores multiply exactly. Codes are therefore placed at bits 0-9 wherever possible, with
@@ -78,14 +79,18 @@ def _place(bits: int, step: int, high: int, pair: int) -> list[tuple[int, int, i
     return [({(0, 0): 0, (1, 0): 1, (1, 1): 2}[high, pair], 6, 3, 0)]
 
 
-def encode(bits: int, codes: np.ndarray) -> np.ndarray:
+def encode(bits: int, codes: np.ndarray, natural: bool = False) -> np.ndarray:
     """Packs codes u8 [N, K] to u32 [ceil(N / 16), ceil(K / 64), 32 * bits]; padding codes are zero."""
     rows, columns = codes.shape
     padded = np.pad(codes, [(0, -rows % TILE_ROWS), (0, -columns % TILE_CODES)])
     tiles, across = padded.shape[0] // TILE_ROWS, padded.shape[1] // TILE_CODES
-    # Rows are (high, g); k is (step / 2, c, step % 2, pair, odd).
-    split = padded.reshape(tiles, 2, 8, across, 2, 4, 2, 2, 2)
-    lanes = split.transpose(0, 3, 4, 6, 1, 7, 8, 2, 5).reshape(tiles, across, 32, LANES)
+    if natural:
+        # Rows are (high, g); k is (step, pair, c, odd).
+        split = padded.reshape(tiles, 2, 8, across, STEPS, 2, 4, 2).transpose(0, 3, 4, 1, 5, 7, 2, 6)
+    else:
+        # k is (step / 2, c, step % 2, pair, odd).
+        split = padded.reshape(tiles, 2, 8, across, 2, 4, 2, 2, 2).transpose(0, 3, 4, 6, 1, 7, 8, 2, 5)
+    lanes = split.reshape(tiles, across, 32, LANES)
     words = np.zeros((tiles, across, bits, LANES), np.uint32)
     for j, parts in enumerate(lane_fields(bits)):
         for part in parts:
@@ -96,7 +101,7 @@ def encode(bits: int, codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors).reshape(tiles, across, bits * LANES)
 
 
-def decode(bits: int, words: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def decode(bits: int, words: np.ndarray, rows: int, columns: int, natural: bool = False) -> np.ndarray:
     """Unpacks to codes u8 [rows, columns]: the inverse of `encode`."""
     tiles, across = words.shape[:2]
     width = VECTOR[bits]
@@ -107,7 +112,10 @@ def decode(bits: int, words: np.ndarray, rows: int, columns: int) -> np.ndarray:
         for part in parts:
             value = (planes[:, :, part.word] >> np.uint32(part.shift)) & np.uint32((1 << part.width) - 1)
             lanes[:, :, j] |= (value << np.uint32(part.low)).astype(np.uint8)
-    split = lanes.reshape(tiles, across, 2, 2, 2, 2, 2, 8, 4).transpose(0, 4, 7, 1, 2, 8, 3, 5, 6)
+    if natural:
+        split = lanes.reshape(tiles, across, STEPS, 2, 2, 2, 8, 4).transpose(0, 3, 6, 1, 2, 4, 7, 5)
+    else:
+        split = lanes.reshape(tiles, across, 2, 2, 2, 2, 2, 8, 4).transpose(0, 4, 7, 1, 2, 8, 3, 5, 6)
     return np.ascontiguousarray(split.reshape(tiles * TILE_ROWS, across * TILE_CODES)[:rows, :columns])
 
 

@@ -9,6 +9,7 @@ kernels take them after ``x``, are ``qweight`` (u32 words), ``scales`` (float16)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -164,9 +165,13 @@ class FragmentTiles:
 
     ``qweight`` u32 [ceil(N/16), ceil(K/64), 32 * bits], ``scales`` float16 and ``zeros`` u8 [ceil(N/16), groups, 8, 2],
     where [..., g, h] belongs to row g + 8h of the tile. Rows beyond N have code, scale and zero point 0.
+
+    Attributes:
+        natural: which order of k the codes have (see `fragments`).
     """
 
     name: str = "fragment_tiles"
+    natural: bool = False
 
     def tensors(self, case: Case) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns shape and dtype of every packed tensor, in the kernels' argument order."""
@@ -190,14 +195,16 @@ class FragmentTiles:
             ConfigError: if a shape, dtype or value does not fit the case.
         """
         half = _checked(case, codes, scales, zeros)
-        result = {"qweight": fragments.encode(case["bits"], codes), "scales": fragments.encode_grid(half)}
+        result = {"qweight": fragments.encode(case["bits"], codes, self.natural), "scales": fragments.encode_grid(half)}
         if zeros is not None:
             result["zeros"] = fragments.encode_grid(zeros)
         return result
 
     def unpack(self, case: Case, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns the codes u8 [N, K] that `pack` was given."""
-        return fragments.decode(case["bits"], tensors["qweight"], case["out_features"], case["in_features"])
+        return fragments.decode(
+            case["bits"], tensors["qweight"], case["out_features"], case["in_features"], self.natural
+        )
 
     def unpack_grid(self, case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns scales f32 [N, G] and zeros u8 [N, G] or None, as `pack` was given them."""
@@ -221,7 +228,19 @@ def padded_rows(case: Case) -> int:
     return -(-int(case["out_features"]) // LANES) * LANES
 
 
+NATURAL_TILES = FragmentTiles("natural_tiles", natural=True)
+ASKED = "GPTQ_COMPILE_WGMMA"
+"""The environment variable that asks for Hopper's kernels, with 1."""
+
 Layout = LaneInterleaved | RowWords | FragmentTiles
+
+
+def reads_natural(target: Target) -> bool:
+    """Whether the kernels of a target read `NATURAL_TILES`: on Hopper alone, and for now only where they are asked for.
+
+    Their CUDA text was checked and timed on an H200, but not yet as TVM packages it.
+    """
+    return target.archs == ("sm_90a",) and os.environ.get(ASKED) == "1"
 
 
 def layout_for(case: Case, target: Target) -> Layout:
@@ -236,7 +255,7 @@ def layout_for(case: Case, target: Target) -> Layout:
         return LaneInterleaved()
     # The kernel of experts reads rows.
     rows = case.get("experts") is not None or fragments.why_not(grouping_of(case)) is not None
-    return RowWords() if rows else FragmentTiles()
+    return RowWords() if rows else NATURAL_TILES if reads_natural(target) else FragmentTiles()
 
 
 def by_name(name: str) -> Layout:
@@ -245,7 +264,7 @@ def by_name(name: str) -> Layout:
     Raises:
         ConfigError: if there is none.
     """
-    for layout in (LaneInterleaved(), RowWords(), FragmentTiles()):
+    for layout in (LaneInterleaved(), RowWords(), FragmentTiles(), NATURAL_TILES):
         if layout.name == name:
             return layout
     raise ConfigError(f"There is no packed layout called {name!r}.")

@@ -165,26 +165,8 @@ def _source(name: str, case: Case, p: AttentionParams, per_block: int, splits: i
     for key, value in values.items():
         body = body.replace(key, value)
     head = tile_source.PTX + tile_source.COMMON + (tile_source.LAUNCH if dependent else "")
-    return f"{head}{_CLUSTER if splits > 1 else ''}\nnamespace {name} {{\n{text}\n{body}\n}}\n"
+    return f"{head}{tile_source.CLUSTER if splits > 1 else ''}\nnamespace {name} {{\n{text}\n{body}\n}}\n"
 
-
-_CLUSTER = """
-#ifndef GQ_CLUSTER
-#define GQ_CLUSTER
-// All threads of a cluster; what was written to shared memory before is visible to the others after.
-__device__ __forceinline__ void gq_cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// What another block of the cluster has where this one has p.
-__device__ __forceinline__ float gq_remote(const float* p, int rank) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(p);
-  float v;
-  asm volatile("{\\n.reg .u32 a;\\nmapa.shared::cluster.u32 a, %1, %2;\\nld.shared::cluster.f32 %0, [a];\\n}"
-               : "=f"(v) : "r"(address), "r"(rank) : "memory");
-  return v;
-}
-#endif
-"""
 
 _BODY = """
 constexpr int WARPS = THREADS / 32, GROUPS = THREADS / LANES;

@@ -144,10 +144,19 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
             return None
 
 
-def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: str, has_residual: bool = False) -> str:
+def source(
+    name: str,
+    shape: Shape,
+    config: Config,
+    has_bias: bool,
+    out_type: str,
+    has_residual: bool = False,
+    natural: bool = False,
+) -> str:
     """Returns CUDA text with ``name::run(x.., q, scales, [zeros], [bias], [residual], out, shared)``.
 
-    The parameters in the place of x are those of ``shape.made``; the residual is float32 [rows, N] and added.
+    The parameters in the place of x are those of ``shape.made``; the residual is float32 [rows, N] and added. Weights
+    in `natural` order of k want activations staged in another order.
     """
     bits, grouping = shape.grouping.bits, shape.grouping
     constants = {
@@ -166,7 +175,8 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
     residual = "const float* __restrict__ residual, " if has_residual else ""
     parameters = shape.made.parameters
     body = (
-        _BODY.replace("@INPUT@", stream_input.source(shape.made))
+        _BODY.replace("@STORE@", _STORE_NATURAL if natural else _STORE)
+        .replace("@INPUT@", stream_input.source(shape.made))
         .replace("@SOURCE@", "".join(f"const {kind}* __restrict__ {key}, " for key, kind in parameters))
         .replace("@ARGUMENTS@", ", ".join(key for key, _ in parameters))
         .replace("@RESIDUAL@", residual)
@@ -186,6 +196,17 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
     head += tile_source.LAUNCH if shape.dependent else ""
     return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"
 
+
+_STORE = """  *reinterpret_cast<uint4*>(staged + j / PIECES * STRIDE + j % PIECES * 8) = v;
+"""
+_STORE_NATURAL = """  // What a lane multiplies by two steps, the same word of four neighbouring pieces, comes to stand
+  // together: it is read more often than written. A warp's lanes begin with different words, and so meet all banks.
+  const bool one = j / 8 % 2, two = j / 16 % 2;
+  const unsigned once[4] = {one ? v.y : v.x, one ? v.z : v.y, one ? v.w : v.z, one ? v.x : v.w};
+  unsigned* to = reinterpret_cast<unsigned*>(staged + j / PIECES * STRIDE + j % PIECES / 4 * 32) + j % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[(i + one + 2 * two) % 4 * 4] = two ? once[(i + 2) % 4] : once[i];
+"""
 
 _BODY = """
 constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = UNITS * 128 + 32;
@@ -207,8 +228,7 @@ __device__ __forceinline__ void stage(uint4 v, int j, half* staged, float* sums)
 #pragma unroll
   for (int offset = RUN / 16; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
   if (j >= M * PIECES) return;
-  *reinterpret_cast<uint4*>(staged + j / PIECES * STRIDE + j % PIECES * 8) = v;
-  if (j % (RUN / 8) == 0) sums[j / PIECES * UNITS * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
+@STORE@  if (j % (RUN / 8) == 0) sums[j / PIECES * UNITS * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
 }
 
 __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, const half* __restrict__ scales,

@@ -7,10 +7,10 @@ import zlib
 from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import launch, prefill, stream, stream_input, tile_source
+from gptq_compile.kernels.cuda import launch, prefill, stream, stream_input, tile_source, wgmma
 from gptq_compile.kernels.cuda.stream_input import Input
 from gptq_compile.kernels.cuda.warp import address, warp_sum
-from gptq_compile.kernels.layouts import grouping_of, layout_for
+from gptq_compile.kernels.layouts import NATURAL_TILES, grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Refusal
 from gptq_compile.kernels.script import Function, local, script, store, when
 from gptq_compile.kernels.target import Target
@@ -40,6 +40,13 @@ def accepts_plain(case: Case, target: Target) -> Refusal | None:
 
 def accepts_prefill(case: Case, target: Target) -> Refusal | None:
     """Refuses other layouts and activations that tensor cores do not multiply here."""
+    refusal = _accepts_half(case, target)
+    if refusal is None and layout_for(case, target) == NATURAL_TILES:
+        refusal = Refusal("is for weights in the other order of k")
+    return refusal
+
+
+def _accepts_half(case: Case, target: Target) -> Refusal | None:
     reason = _why_not_tiles(case)
     if reason is None and case.dtype != "float16":
         reason = f"needs float16 activations, not {case.dtype}"
@@ -47,13 +54,15 @@ def accepts_prefill(case: Case, target: Target) -> Refusal | None:
 
 
 def accepts_stream(case: Case, target: Target) -> Refusal | None:
-    """Refuses what `accepts_prefill` does, many or symbolic rows, and activations beyond shared memory."""
-    refusal = accepts_prefill(case, target)
+    """Refuses other layouts and types, many or symbolic rows, and activations beyond shared memory."""
+    refusal = _accepts_half(case, target)
     if refusal is not None:
         return refusal
     if case.rows is None or case.rows > stream.MAX_ROWS:
         return Refusal(f"is for 1 to {stream.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
-    if stream.choose(_shape(case), target.archs) is None:
+    if case.rows > wgmma.STREAM_ROWS and layout_for(case, target) == NATURAL_TILES:
+        return Refusal(f"is slower than wgmma from {wgmma.STREAM_ROWS + 1} rows on")
+    if stream.choose(shape_of(case), target.archs) is None:
         return Refusal(f"{case.rows} rows of {case['in_features']} do not fit in shared memory beside the weights")
     return None
 
@@ -94,7 +103,8 @@ def _input(case: Case) -> Input:
     )
 
 
-def _shape(case: Case, dependent: bool = False) -> stream.Shape:
+def shape_of(case: Case, dependent: bool = False) -> stream.Shape:
+    """Returns the problem of a ``quant_linear`` or ``fused_linear`` case, with 0 for a symbolic number of rows."""
     return stream.Shape(
         case.rows or 0, case["out_features"], grouping_of(case), bool(case["has_zeros"]), _input(case), dependent
     )
@@ -111,7 +121,7 @@ def _inputs(f: Function, case: Case, rows: Expr) -> dict[str, Any]:
     return found
 
 
-def _tensors(f: Function, case: Case, target: Target) -> dict[str, Any]:
+def tensors_of(f: Function, case: Case, target: Target) -> dict[str, Any]:
     """Declares the parameters in the contract's order."""
     n = case["out_features"]
     rows = f.symbol() if case.rows is None else case.rows
@@ -126,12 +136,13 @@ def _tensors(f: Function, case: Case, target: Target) -> dict[str, Any]:
     return found
 
 
-def _name(kind: str, case: Case, *more: object) -> str:
+def name_of(kind: str, case: Case, *more: object) -> str:
     """Returns a name of its own for the text of a case: kernels of one module share a source file."""
     return f"gq_{kind}_{zlib.crc32(repr((case, *more)).encode()):08x}"
 
 
-def _run(name: str, source: str, tensors: dict[str, Any], *more: Expr) -> None:
+def run(name: str, source: str, tensors: dict[str, Any], *more: Expr) -> None:
+    """Emits the call of ``name::run`` with the addresses of the tensors and more arguments."""
     ir = script()
     pointers = [tensor.access_ptr("w" if key == "out" else "r") for key, tensor in tensors.items()]
     ir.evaluate(ir.cuda.func_call(f"{name}::run", *pointers, *more, source_code=source, return_type="void"))
@@ -143,34 +154,37 @@ def build_stream(case: Case, target: Target, config: stream.Config | None = None
     For a ``fused_linear`` case the activations are made on the way in, and a residual is added on the way out.
     """
     ir = script()
-    shape = _shape(case, launch.supported(target))
+    shape = shape_of(case, launch.supported(target))
     config = config or stream.choose(shape, target.archs)
     assert config is not None
-    name = _name("stream", case, target, config)
+    name = name_of("stream", case, target, config)
     out_type = C_TYPES[case.get("out_dtype", case.dtype)]
-    source = stream.source(name, shape, config, bool(case["has_bias"]), out_type, bool(case.get("has_residual")))
+    natural = layout_for(case, target) == NATURAL_TILES
+    source = stream.source(
+        name, shape, config, bool(case["has_bias"]), out_type, bool(case.get("has_residual")), natural
+    )
     supers = -(-shape.row_tiles // config.height)
     blocks = min(stream.BLOCKS, -(-supers // config.tiles))
     with Function(case.op) as f:
-        tensors = _tensors(f, case, target)
+        tensors = tensors_of(f, case, target)
         with (
             ir.launch_thread("blockIdx.x", blocks),
             ir.launch_thread("threadIdx.x", 32 * config.tiles * config.splits),
         ):
             shared = ir.alloc_buffer((stream.shared_bytes(shape, config),), "uint8", scope="shared.dyn")
-            _run(name, source, tensors, shared.access_ptr("rw"))
+            run(name, source, tensors, shared.access_ptr("rw"))
     return launch.dependent(f.result()) if shape.dependent else f.result()
 
 
 def build_prefill(case: Case, target: Target) -> Any:
     """Builds the kernel for any number of rows."""
     ir = script()
-    shape = _shape(case)
-    name = _name("prefill", case)
+    shape = shape_of(case)
+    name = name_of("prefill", case)
     source = prefill.source(name, shape, bool(case["has_bias"]), C_TYPES[case.get("out_dtype", case.dtype)])
     owned = prefill.WARPS * prefill.height(shape) * fragments.TILE_ROWS
     with Function("quant_linear") as f:
-        tensors = _tensors(f, case, target)
+        tensors = tensors_of(f, case, target)
         rows = tensors["x"].shape[0]
         token_blocks = ir.cast((rows + prefill.TOKENS - 1) // prefill.TOKENS, "int32")
         with (
@@ -179,7 +193,7 @@ def build_prefill(case: Case, target: Target) -> Any:
             ir.launch_thread("threadIdx.x", 32 * prefill.WARPS),
         ):
             shared = ir.alloc_buffer((prefill.SHARED_BYTES,), "uint8", scope="shared.dyn")
-            _run(name, source, tensors, ir.cast(rows, "int32"), shared.access_ptr("rw"))
+            run(name, source, tensors, ir.cast(rows, "int32"), shared.access_ptr("rw"))
     return f.result()
 
 
@@ -189,7 +203,7 @@ def build_plain(case: Case, target: Target) -> Any:
     grouping = grouping_of(case)
     bits, k_total = grouping.bits, grouping.in_features
     with Function("quant_linear") as f:
-        t = _tensors(f, case, target)
+        t = tensors_of(f, case, target)
         rows = t["x"].shape[0]
         out_dtype = case.get("out_dtype", case.dtype)
         with (
@@ -207,10 +221,10 @@ def build_plain(case: Case, target: Target) -> Any:
                 k = step * 32 + lane
                 group = k // grouping.group_size
                 words = address(t["qweight"], tile, k // fragments.TILE_CODES, 0)
+                lookup = tile_source.code_lookup(bits, layout_for(case, target) == NATURAL_TILES)
                 code = ir.cuda.func_call(
-                    f"gq_code{bits}", words, place, k % fragments.TILE_CODES,
-                    source_code=tile_source.code_lookup(bits), return_type="int32",
-                )  # fmt: skip
+                    f"gq_code{bits}", words, place, k % fragments.TILE_CODES, source_code=lookup, return_type="int32"
+                )
                 zero = ir.int32(1 << (bits - 1))
                 if "zeros" in t:
                     zero = ir.cast(t["zeros"][tile, group, place % 8, place // 8], "int32")

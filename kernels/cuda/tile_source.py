@@ -18,6 +18,12 @@ __device__ __forceinline__ void gq_mma4(float* d, const unsigned* a, unsigned b0
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// (v & mask) | more in one instruction, which the compiler does not find where both are constants.
+__device__ __forceinline__ unsigned gq_and_or(unsigned v, unsigned mask, unsigned more) {
+  unsigned r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(more));
+  return r;
+}
 // Sixteen bytes from global to shared memory, past L1, without a register; visible after gq_wait and a barrier.
 __device__ __forceinline__ void gq_copy16(void* to, const void* from) {
   unsigned address = (unsigned)__cvta_generic_to_shared(to);
@@ -47,6 +53,25 @@ __device__ __forceinline__ void gq_wait_for_previous() { asm volatile("griddepco
 #endif
 """
 """Of a programmatic dependent launch (see `launch`); sm_90."""
+
+CLUSTER = """
+#ifndef GQ_CLUSTER
+#define GQ_CLUSTER
+// All threads of a cluster; what was written to shared memory before is visible to the others after.
+__device__ __forceinline__ void gq_cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What another block of the cluster has where this one has p.
+__device__ __forceinline__ float gq_remote(const float* p, int rank) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(p);
+  float v;
+  asm volatile("{\\n.reg .u32 a;\\nmapa.shared::cluster.u32 a, %1, %2;\\nld.shared::cluster.f32 %0, [a];\\n}"
+               : "=f"(v) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
+#endif
+"""
+"""From sm_90: blocks of a cluster wait for each other and read each other's shared memory."""
 
 COMMON = """
 #ifndef GQ_TILES
@@ -106,16 +131,21 @@ SECOND_SET = 4
 """Accumulator 1 holds code * 2**(t + SECOND_SET - 24)."""
 
 
-def _masked(bits: int, step: int, high: int, pair: int, bit: int) -> str:
-    """Returns the expression that leaves a pair of codes standing from bit `bit` of the half-words."""
+def _masked(bits: int, step: int, high: int, pair: int, bit: int, more: int = 0) -> str:
+    """Returns the expression that leaves a pair of codes standing from bit `bit` of the half-words, OR-ed to `more`."""
     parts = lane_fields(bits)[((step * 2 + high) * 2 + pair) * 2]
     terms = []
     for part in parts:
         right = part.shift - part.low - bit
         mask = (((1 << part.width) - 1) << (part.low + bit)) * 0x10001
         word = f"(w[{part.word}] >> {right})" if right else f"w[{part.word}]"
-        terms.append(f"({word} & 0x{mask:08x}u)")
-    return " | ".join(terms)
+        terms.append((word, f"0x{mask:08x}u"))
+    if not more:
+        return " | ".join(f"({word} & {bits_of})" for word, bits_of in terms)
+    whole = f"0x{more:08x}u"
+    for word, bits_of in terms:
+        whole = f"gq_and_or({word}, {bits_of}, {whole})"
+    return whole
 
 
 def fragments(bits: int) -> str:
@@ -153,7 +183,7 @@ def integers(bits: int) -> str:
         for high in (0, 1):
             bit = exponent(bits, high)
             for pair in (0, 1):
-                value = f"({_masked(bits, step, high, pair, bit)}) | 0x64006400u"
+                value = _masked(bits, step, high, pair, bit, 0x64006400)
                 half = f"0x{((15 - bit) << 10) * 0x10001:08x}u"
                 call = f"gq_scaled_minus({value}, {half}, z{high})" if bit else f"gq_minus({value}, z{high})"
                 lines.append(f"a[{step}][{high + 2 * pair}] = {call};")
@@ -168,8 +198,8 @@ __device__ __forceinline__ void gq_integers{bits}(unsigned (*a)[4], const unsign
 """
 
 
-def code_lookup(bits: int) -> str:
-    """Returns ``gq_code{bits}(tile, row, k)``: one code of a tile, for the plain kernel."""
+def code_lookup(bits: int, natural: bool = False) -> str:
+    """Returns ``gq_code{bits}(tile, row, k)``: one code of a tile in either order of k, for the plain kernel."""
     if bits == 3:
         body = """if (step < 3) return at(step) >> (3 * high + 9 * pair + 16 * odd) & 7;
   if (!high && pair) {
@@ -187,8 +217,8 @@ def code_lookup(bits: int) -> str:
     return f"""
 __device__ __forceinline__ int gq_code{bits}(const void* tile, int row, int k) {{
   constexpr int width = {2 if bits == 2 else 1 if bits == 3 else 4};
-  int high = row / 8, lane = row % 8 * 4 + k % 32 / 8;
-  int step = k / 32 * 2 + k % 8 / 4, pair = k % 4 / 2, odd = k % 2;
+  int high = row / 8, lane = row % 8 * 4 + {"k % 8 / 2" if natural else "k % 32 / 8"};
+  int step = {"k / 16, pair = k % 16 / 8" if natural else "k / 32 * 2 + k % 8 / 4, pair = k % 4 / 2"}, odd = k % 2;
   auto at = [&](int word) {{
     return __ldg(static_cast<const unsigned*>(tile) + word / width * 32 * width + lane * width + word % width);
   }};

@@ -5,7 +5,8 @@ Run from the repository root::
 
     PYTHONPATH=. python tests/gpu/build_kernels.py OUT [--target cuda:sm_90] [--only SUBSTRING]...
 
-OUT receives ``kernels.so``, ``kernels.json`` (check name -> function, kernel) and the libraries `check_kernels` loads.
+OUT receives ``kernels.so``, ``kernels.json`` (check name -> function, kernel, target) and the libraries that
+`check_kernels` loads.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _module(target: Target, only: list[str]) -> tuple[object, dict[str, dict[str
                 kernel = next(k for k in kernels_for(target.kind) if k.name == case.kernel)
             func = kernel.prim_func(case.case, target).with_attr("global_symbol", symbol)
             functions[symbol], kernels[symbol] = func, kernel.name
-        table[case.name] = {"function": symbol, "kernel": kernels[symbol]}
+        table[case.name] = {"function": symbol, "kernel": kernels[symbol], "target": str(target)}
     builder = relax.BlockBuilder()
     x = relax.Var("x", R.Tensor((1,), "float32"))
     with builder.function("unused", [x]):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptq_compile.kernels.registry import Case
+from gptq_compile.kernels.target import Target
 
 Arguments = list[np.ndarray]
 
@@ -34,6 +35,12 @@ class KernelCase:
     make_inputs: Callable[[np.random.Generator], Arguments]
     check: Callable[[Arguments, Arguments], tuple[bool, str]]
     kernel: str | None = None
+
+
+class BuiltFor:
+    """For which target the kernels under test are built: it decides how weights are packed."""
+
+    target = Target.parse("cuda")
 
 
 def poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -10,14 +10,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from cases import Arguments, KernelCase, mean_error, poisoned
+from cases import Arguments, BuiltFor, KernelCase, mean_error, poisoned
 
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case
-from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping
 
-_TARGET = Target.parse("cuda:sm_90")
 _ERF = np.vectorize(math.erf)
 _ACTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda v: v / (1 + np.exp(-v)),
@@ -93,7 +91,7 @@ def _case(label, bits, group, k, n, rows, attrs, has_zeros, residual) -> KernelC
         codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
         scales = (rng.uniform(0.5, 2.0, (n, grouping.groups)) / 100).astype(np.float16).astype(np.float32)
         zeros = rng.integers(0, 1 << bits, scales.shape, dtype=np.uint8) if has_zeros else None
-        found += layout_for(case, _TARGET).pack(case, codes, scales, zeros).values()
+        found += layout_for(case, BuiltFor.target).pack(case, codes, scales, zeros).values()
         if case["has_bias"]:
             found.append(rng.normal(size=n).astype(np.float16))
         if residual:
@@ -124,9 +122,9 @@ def _expected(case: Case, grouping: Grouping, arguments: Arguments) -> np.ndarra
         if case.get("has_norm_bias"):
             x = x + left.pop(0).astype(np.float64)
     x = x.astype(np.float16).astype(np.float64)
-    names = list(layout_for(case, _TARGET).tensors(case))
+    names = list(layout_for(case, BuiltFor.target).tensors(case))
     packed = {name: left.pop(0) for name in names}
-    layout = layout_for(case, _TARGET)
+    layout = layout_for(case, BuiltFor.target)
     codes, (scales, zeros) = layout.unpack(case, packed), layout.unpack_grid(case, packed)
     group = np.arange(k) // grouping.group_size
     zero = np.full(scales.shape, 1 << (grouping.bits - 1), np.float64) if zeros is None else zeros.astype(np.float64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of quant_linear and linear: all bits, odd groups, odd N and K, M = 1, 3, 17, 257, biases, zero points."""
+"""Checks of quant_linear and linear: all bits, odd groups, odd N and K, M from 1 to 520, biases, zero points."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from cases import KernelCase, mean_error, poisoned
+from cases import BuiltFor, KernelCase, mean_error, poisoned
 
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping
 
-CUDA = Target.parse("cuda")
 
-
-def quant_inputs(case: Case, rows: int, target: Target = CUDA) -> Callable[[np.random.Generator], list[np.ndarray]]:
-    """Returns the maker of (x, packed..., [bias], out) for a quant_linear case."""
+def quant_inputs(
+    case: Case, rows: int, target: Target | None = None
+) -> Callable[[np.random.Generator], list[np.ndarray]]:
+    """Returns the maker of (x, packed..., [bias], out) for a quant_linear case, by default as `BuiltFor` says."""
 
     def make(rng: np.random.Generator) -> list[np.ndarray]:
         n, k, bits = case["out_features"], case["in_features"], case["bits"]
@@ -26,7 +26,7 @@ def quant_inputs(case: Case, rows: int, target: Target = CUDA) -> Callable[[np.r
         codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
         scales = (rng.uniform(0.5, 2.0, grid) / 100).astype(np.float16).astype(np.float32)
         zeros = rng.integers(0, 1 << bits, grid, dtype=np.uint8) if case["has_zeros"] else None
-        packed = layout_for(case, target).pack(case, codes, scales, zeros)
+        packed = layout_for(case, target or BuiltFor.target).pack(case, codes, scales, zeros)
         bias = [rng.normal(size=n).astype(case.dtype)] if case["has_bias"] else []
         x = rng.normal(size=(rows, k)).astype(case.dtype)
         return [x, *packed.values(), *bias, poisoned((rows, n), case.get("out_dtype", case.dtype))]
@@ -34,11 +34,11 @@ def quant_inputs(case: Case, rows: int, target: Target = CUDA) -> Callable[[np.r
     return make
 
 
-def quant_reference(case: Case, target: Target = CUDA) -> Callable[[list[np.ndarray]], np.ndarray]:
+def quant_reference(case: Case, target: Target | None = None) -> Callable[[list[np.ndarray]], np.ndarray]:
     """Returns the float64 reference: unpack, dequantize, multiply."""
 
     def reference(arguments: list[np.ndarray]) -> np.ndarray:
-        layout = layout_for(case, target)
+        layout = layout_for(case, target or BuiltFor.target)
         names = list(layout.tensors(case))
         packed = dict(zip(names, arguments[1 : 1 + len(names)], strict=True))
         codes = layout.unpack(case, packed).astype(np.float64)
@@ -125,7 +125,7 @@ def cases() -> list[KernelCase]:
     for bits in (2, 3, 4, 8):
         for group, k, n, static in shapes:
             found += [_quant(bits, group, k, n, rows, True) for rows in static]
-            found += [_quant(bits, group, k, n, rows, False) for rows in (1, 3, 17, 257)]
+            found += [_quant(bits, group, k, n, rows, False) for rows in (1, 3, 5, 17, 33, 64, 128, 257)]
         # Large enough for --benchmark to mean something.
         found += [_quant(bits, 128, 4096, 4096, 1, True), _quant(bits, 128, 4096, 4096, 512, False)]
         found += [_quant(bits, 128, 2048, 2304, rows, False) for rows in (5, 200)]
@@ -133,6 +133,10 @@ def cases() -> list[KernelCase]:
         found += [_quant(bits, 128, 512, 34100, 1, True), _quant(bits, -1, 1032, 18000, 16, True)]
         found += [_quant(bits, 96, 1160, 4097, rows, True) for rows in (1, 3, 16)]
         found += [_quant(bits, 128, 14336, 4096, rows, True) for rows in (1, 4)]
+        # K long enough for clusters that share it, few and many of them.
+        found += [_quant(bits, 128, 14336, 520, rows, rows < 17) for rows in (5, 9, 17, 33, 64, 128, 257)]
+        found += [_quant(bits, 64, 4104, 1999, rows, rows < 17) for rows in (11, 40, 300)]
+        found += [_quant(bits, 256, 2048, 34100, 37, True), _quant(bits, 32, 4096, 3000, 520, False)]
         found += [_quant(bits, 7, 50, 19, 3, static) for static in (True, False)]
         found += [_quant(bits, 1, 33, 9, 1, True), _quant(bits, 128, 256, 65, 17, False, "float32")]
     for k, n, has_bias in ((576, 49153, False), (72, 37, True), (45, 33, True)):

@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 import tvm_ffi
-from cases import Arguments, KernelCase, all_cases
+from cases import Arguments, BuiltFor, KernelCase, all_cases
+
+from gptq_compile.kernels.target import Target
 
 LIBRARIES = ("libcudart.so.13", "libtvm_runtime.so", "libtvm_runtime_cuda.so")
 
@@ -97,6 +99,7 @@ def main() -> int:
     device = Device(arguments.device, arguments.folder / "lib")
     library = tvm_ffi.load_module(str(arguments.folder / "kernels.so"))
     table = json.loads((arguments.folder / "kernels.json").read_text())
+    BuiltFor.target = Target.parse(next(iter(table.values()))["target"])
     failures = 0
     ran = 0
     for case in all_cases():

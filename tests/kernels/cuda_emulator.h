@@ -135,6 +135,16 @@ static float __shfl_xor_sync(unsigned, float v, int mask) {
   return other;
 }
 
+static int __shfl_sync(unsigned, int v, int from) {
+  int warp = emu_current / 32;
+  static int values[128][32];
+  values[warp][emu_current % 32] = v;
+  emu_warp_wait();
+  int other = values[warp][from];
+  emu_warp_wait();
+  return other;
+}
+
 // mma.sync.m16n8k16, fragments as in the PTX manual.
 static half emu_a[128][16][16], emu_b[128][16][8];
 static void emu_put(half* low, half* high, unsigned pair) {
@@ -161,7 +171,7 @@ static void emu_mma(emu_span<float> d, unsigned a0, unsigned a1, unsigned a2, un
 // What tile_source.PTX says in assembly. Asynchronous copies: the target is poisoned at once and written at the wait.
 #define GQ_PTX
 struct emu_copy { void* to; uint4 value; };
-static std::vector<std::vector<emu_copy>> emu_copies[2048];  // per thread, one list per group; the last is open
+static std::vector<std::vector<emu_copy>> emu_copies[4096];  // per thread, one list per group; the last is open
 static void emu_wait_copies(int pending) {
   auto& groups = emu_copies[emu_current];
   while (int(groups.size()) > pending + 1) {
@@ -169,13 +179,15 @@ static void emu_wait_copies(int pending) {
     groups.erase(groups.begin());
   }
 }
-static void gq_copy16(void* to, const void* from) {
+static void gq_copy16_or_zero(void* to, const void* from, bool wanted) {
   if (uintptr_t(to) % 16) emu_fail("an asynchronous copy is misaligned in shared memory");
   auto& groups = emu_copies[emu_current];
   if (groups.empty()) groups.emplace_back();
-  groups.back().push_back({to, emu_read(reinterpret_cast<const uint4*>(from))});
+  groups.back().push_back({to, wanted ? emu_read(reinterpret_cast<const uint4*>(from)) : uint4{}});
   memset(to, 0xff, 16);
 }
+static void gq_copy16(void* to, const void* from) { gq_copy16_or_zero(to, from, true); }
+static unsigned gq_and_or(unsigned v, unsigned mask, unsigned more) { return (v & mask) | more; }
 static void gq_commit() {
   auto& groups = emu_copies[emu_current];
   if (groups.empty()) groups.emplace_back();
@@ -199,6 +211,59 @@ static void gq_wait_for_previous() {}
 static uint4 gq_read16(const void* p) { return emu_read(reinterpret_cast<const uint4*>(p)); }
 static void gq_mma4(float* d, const unsigned* a, unsigned b0, unsigned b1) {
   emu_mma({d, d, d + 4}, a[0], a[1], a[2], a[3], b0, b1);
+}
+
+// What wgmma_source.HOPPER says in assembly. Products are made at once.
+#define GQ_HOPPER
+struct float4 { float x, y, z, w; };
+static float __fdividef(float a, float b) { return a / b; }
+struct emu_bar { uint16_t expected, pending; uint32_t phase; };
+static uint64_t gq_shared(const void* p) { return uintptr_t(p); }
+// Of an address only the low bits are in it, as on the GPU; the rest is that of the array that the descriptor was for.
+static uintptr_t emu_described;
+static unsigned gq_descriptor(const void* p) {
+  emu_described = uintptr_t(p) >> 36 << 36;
+  return uintptr_t(p) / 16;
+}
+static emu_bar& emu_at(unsigned long long* bar) { return *reinterpret_cast<emu_bar*>(bar); }
+static void gq_bar_init(unsigned long long* bar, int count) { emu_at(bar) = {uint16_t(count), uint16_t(count), 0}; }
+static void gq_bar_arrive(unsigned long long* bar) {
+  emu_bar& b = emu_at(bar);
+  if (b.pending == 0 || b.pending > b.expected) return emu_fail("an mbarrier is used before it is made");
+  if (--b.pending == 0) { b.pending = b.expected; ++b.phase; }
+}
+static void gq_bar_wait(unsigned long long* bar, unsigned parity) {
+  for (int i = 0; emu_at(bar).phase % 2 == parity && !emu_failure; ++i) {
+    if (i > 100000) emu_fail("an mbarrier is waited for in vain");
+    emu_yield();
+  }
+}
+static void gq_publish() {}
+static void gq_wgmma_fence() {}
+static void gq_wgmma_commit() {}
+template <int> static void gq_wgmma_wait() {}
+template <int> static void gq_more_registers() {}
+template <int> static void gq_fewer_registers() {}
+static float4 gq_remote4(const float* p, int rank) {
+  return {gq_remote(p, rank), gq_remote(p + 1, rank), gq_remote(p + 2, rank), gq_remote(p + 3, rank)};
+}
+template <int n> static void gq_wgmma(float* d, const unsigned* a, unsigned b) {
+  int warp = emu_current / 32, lane = emu_current % 32, g = lane / 4, c = lane % 4;
+  auto& rows = emu_a[warp];
+  for (int i = 0; i < 4; ++i) {
+    half* to = &rows[g + i % 2 * 8][2 * c + i / 2 * 8];
+    emu_put(to, to + 1, a[i]);
+  }
+  emu_warp_wait();
+  for (int i = 0; i < n / 2; ++i) {
+    const int column = i / 4 * 8 + 2 * c + i % 2, row = g + i % 4 / 2 * 8;
+    for (int k = 0; k < 16; ++k) {
+      uintptr_t at = emu_described + b * 16ull + column / 8 * 1024 + column % 8 * 128 + k * 2;
+      at ^= (at >> 7 & 7) << 4;
+      d[i] += float(rows[row][k]) * float(*reinterpret_cast<const half*>(at));
+    }
+  }
+  emu_warp_wait();
 }
 
 static void (*emu_body)();

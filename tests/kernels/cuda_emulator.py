@@ -26,7 +26,7 @@ _CALLBACK = "tvm_callback_cuda_compile"
 _LOCAL_ARRAY = re.compile(r"^( *)(__shared__ )?alignas\(\d+\) (\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
 _REGISTER_PARAMETER = re.compile(r"\b((?:const )?(?:unsigned|float))\* (\w+)(?=[,)])")
 _TILES = re.compile(r"^#ifndef GQ_PTX.*?(?=^extern \"C\")", re.DOTALL | re.MULTILINE)
-_PTX = re.compile(r"^#ifndef GQ_(?:PTX|LAUNCH|CLUSTER).*?^#endif\n", re.DOTALL | re.MULTILINE)
+_PTX = re.compile(r"^#ifndef GQ_(?:PTX|LAUNCH|CLUSTER|HOPPER).*?^#endif\n", re.DOTALL | re.MULTILINE)
 _CLUSTER_RANK = re.compile(
     r"^__forceinline__ __device__ unsigned int tvm_builtin_cluster\w+\(\).*?^}\n", re.DOTALL | re.M
 )
@@ -88,8 +88,8 @@ def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, fo
     cluster = extent.get("clusterCtaIdx.x", 1)
     dynamic = _DYNAMIC_BYTES.search(func.script())
     if dynamic:
-        # One stretch for each block of a cluster, on 16 bytes.
-        size = -(-int(dynamic[1]) // 16) * 16
+        # One stretch for each block of a cluster, with the same place within the 1,024 bytes that kernels align to.
+        size = -(-int(dynamic[1]) // 1024) * 1024
         array = rf"static emu_shared<\1, {size * cluster}> \2_array; emu_dynamic_bytes = {size};"
         array += rf" auto* \2 = \2_array.values + {size} * emu_rank();"
         kernel = _DYNAMIC_ARRAY.sub(array, kernel)

@@ -16,7 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cuda_emulator
 
-from gptq_compile.kernels.cuda import linear, mma_linear, quant_linear, stream, warp
+from gptq_compile.kernels.cuda import (
+    linear,
+    mma_linear,
+    quant_linear,
+    stream,
+    warp,
+    wgmma,
+    wgmma_choice,
+    wgmma_linear,
+)
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.script import Function, local, script, store
@@ -24,8 +33,14 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping
 
 CUDA = Target.parse("cuda:sm_80,sm_90")
+HOPPER = Target.parse("cuda:sm_90a")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.fixture(autouse=True)
+def hopper_is_asked_for(monkeypatch):
+    monkeypatch.setenv("GPTQ_COMPILE_WGMMA", "1")
 
 
 def _quant_case(bits, group, k, n, rows, dtype="float16") -> Case:
@@ -35,8 +50,10 @@ def _quant_case(bits, group, k, n, rows, dtype="float16") -> Case:
     )  # fmt: skip
 
 
-def _run_quant(case: Case, rows: int, folder: Path) -> tuple[float, str]:
-    """Returns mean|difference| / mean|reference| and the kernel's name."""
+def _run_quant(
+    case: Case, rows: int, folder: Path, target: Target = CUDA, plan: wgmma.Plan | None = None
+) -> tuple[float, str]:
+    """Returns mean|difference| / mean|reference| and the kernel's name, which is wgmma where there is a plan."""
     rng = np.random.default_rng(rows)
     n, k, bits = case["out_features"], case["in_features"], case["bits"]
     grouping = Grouping.of(bits, k, case["group_size"])
@@ -50,9 +67,10 @@ def _run_quant(case: Case, rows: int, folder: Path) -> tuple[float, str]:
     reference = x.astype(np.float64) @ (scales.astype(np.float64)[:, group] * (codes - zero[:, group])).T
     reference += bias.astype(np.float64) if case["has_bias"] else 0
     out = np.full((rows, n), np.nan, case.dtype)
-    kernel = select(case, CUDA, quant_linear.KERNELS).kernel
-    tensors = {"x": x, "bias": bias, "out": out, **layout_for(case, CUDA).pack(case, codes, scales, zeros)}
-    cuda_emulator.run(kernel.prim_func(case, CUDA), CUDA, tensors, rows, folder)
+    kernel = select(case, target, quant_linear.KERNELS).kernel
+    tensors = {"x": x, "bias": bias, "out": out, **layout_for(case, target).pack(case, codes, scales, zeros)}
+    func = wgmma_linear.build(case, target, plan) if plan else kernel.prim_func(case, target)
+    cuda_emulator.run(func, target, tensors, rows, folder)
     return float(np.abs(out - reference).mean() / np.abs(reference).mean()), kernel.name
 
 
@@ -87,6 +105,43 @@ def test_quant_linear_matches_float64(bits, group, k, n, rows, static, kernel, t
 
 
 @needs_gxx
+@pytest.mark.parametrize(
+    ("bits", "group", "k", "n", "rows", "kernel"),
+    [
+        (4, 128, 256, 40, 9, "wgmma"),
+        (3, 32, 160, 37, 33, "wgmma"),
+        (2, 96, 264, 33, 16, "wgmma"),
+        (8, -1, 136, 19, 5, "stream"),
+        (3, 32, 328, 37, 7, "stream"),
+        pytest.param(4, 256, 584, 297, 40, "wgmma", marks=pytest.mark.slow),
+        pytest.param(8, -1, 136, 19, 64, "wgmma", marks=pytest.mark.slow),
+        pytest.param(4, 64, 328, 139, 140, "wgmma", marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_kernels_match_float64(bits, group, k, n, rows, kernel, tmp_path):
+    error, name = _run_quant(_quant_case(bits, group, k, n, rows), rows, tmp_path, HOPPER)
+    assert name == f"cuda.quant_linear.{kernel}"
+    assert error < 1e-3
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "config",
+    [
+        wgmma.Config(2, 1, 16, 3, 3, 3),
+        wgmma.Config(1, 2, 8, 3, 3),
+        pytest.param(wgmma.Config(2, 2, 32, 4, 4, 2), marks=pytest.mark.slow),
+        pytest.param(wgmma.Config(3, 1, 128, 3, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_divisions_match_float64(config, tmp_path):
+    # Several tiles of tokens, blocks of a cluster without the same share of K, rows of no tile, groups inside a unit.
+    case = _quant_case(4, 64, 1096, 203, None)
+    error, _ = _run_quant(case, 41, tmp_path, HOPPER, [(None, config)])
+    assert error < 1e-3
+
+
+@needs_gxx
 @pytest.mark.parametrize(("bits", "group", "rows"), [(2, 64, 1), (3, 32, 3), (4, 128, 2), (8, -1, 1)])
 def test_a_block_takes_tile_after_tile(bits, group, rows, tmp_path, monkeypatch):
     # One block for 19 tiles: four or eight pairs of them side by side, several rounds, and an odd tile at the end.
@@ -111,7 +166,7 @@ def test_codes_meet_activations_exactly(tmp_path):
     scales = rng.integers(1, 2000, (20, 2)).astype(np.float32) / np.float32(2048)
     x, out = rng.integers(-9, 10, (2, 256)).astype(np.float16), np.full((2, 20), np.nan, np.float32)
     tensors = {"x": x, "out": out, **layout_for(case, CUDA).pack(case, codes, scales, zeros)}
-    for kernel in quant_linear.KERNELS[:2]:
+    for kernel in (k for k in quant_linear.KERNELS if k.name.endswith(("quant_linear.stream", ".prefill"))):
         out[:] = np.nan
         cuda_emulator.run(kernel.prim_func(case, CUDA), CUDA, tensors, 2, tmp_path / kernel.name)
         weight = np.repeat(scales, 128, 1) * (codes.astype(np.float32) - np.repeat(zeros, 128, 1))
@@ -187,14 +242,56 @@ def test_nvcc_makes_tiles_without_spills(bits, arch, group, rows, tmp_path):
     assert _spill_free(cuda_emulator.cuda_source(func, CUDA), arch, tmp_path)
 
 
-def _spill_free(source: str, arch: int, folder: Path) -> bool:
+@needs_nvcc
+@pytest.mark.parametrize("rows", [16, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (32, 64, 128, 4096))])
+@pytest.mark.parametrize(
+    ("bits", "group"),
+    [(4, 128), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 32), (2, 64), (8, -1)))],
+)
+def test_hopper_kernel_is_not_serialized(bits, group, rows, tmp_path):
+    # ptxas makes wgmma wait, and says so, where it cannot follow what is under way.
+    case = _quant_case(bits, group, 4096, 4097, None)
+    config = wgmma_choice.best(stream.Shape(0, 4097, Grouping.of(bits, 4096, group), True), rows)
+    source = cuda_emulator.cuda_source(wgmma_linear.build(case, HOPPER, [(None, config)]), HOPPER)
+    assert _spill_free(source, "90a", tmp_path)
+
+
+@needs_nvcc
+def test_registers_move_between_warps(tmp_path):
+    # Only where a kernel says how many blocks a multiprocessor has to hold.
+    case = _quant_case(4, 128, 4096, 4096, None)
+    source = cuda_emulator.cuda_source(wgmma_linear.build(case, HOPPER), HOPPER)
+    assert "setmaxnreg" in source and "__launch_bounds__(384, 1)" in source
+
+
+def _spill_free(source: str, arch: int | str, folder: Path) -> bool:
     (folder / "kernel.cu").write_text(source)
-    command = ["nvcc", "-std=c++17", "-w", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin"]
+    command = ["nvcc", "-std=c++17", "-w", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin"]
     done = subprocess.run(
         [*command, "-o", str(folder / "kernel.cubin"), str(folder / "kernel.cu")],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    return "0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    return "0 bytes spill stores, 0 bytes spill loads" in done.stderr and "Performance Loss" not in done.stderr
+
+
+HOPPER_ALONE = {
+    "cuda.quant_linear.wgmma": "is for whole tiles on a target of sm_90a alone, asked for with GPTQ_COMPILE_WGMMA=1"
+}
+
+
+def prefill_of(case: Case, target: Target) -> str:
+    kernel = next(k for k in quant_linear.KERNELS if k.name == "cuda.quant_linear.prefill")
+    return str(kernel.can_implement(case, target))
+
+
+def test_hopper_kernels_are_only_taken_where_asked_for(monkeypatch):
+    case = _quant_case(4, 128, 4096, 4096, None)
+    assert select(case, HOPPER, quant_linear.KERNELS).kernel.name == "cuda.quant_linear.wgmma"
+    for target in ("cuda:sm_90", "cuda:sm_90,sm_90a", "cuda"):
+        assert select(case, Target.parse(target), quant_linear.KERNELS).kernel.name == "cuda.quant_linear.prefill"
+    monkeypatch.delenv("GPTQ_COMPILE_WGMMA")
+    assert select(case, HOPPER, quant_linear.KERNELS).kernel.name == "cuda.quant_linear.prefill"
+    assert layout_for(case, HOPPER).name == "fragment_tiles"
 
 
 def test_refusals_are_words():
@@ -203,6 +300,7 @@ def test_refusals_are_words():
     tiles = "is for whole tiles and needs in_features to be a multiple of 8, not 100"
     assert reasons == {
         **dict.fromkeys([f"cuda.quant_linear.{name}" for name in ("stream", "prefill", "plain_tiles")], tiles),
+        **HOPPER_ALONE,
         "cuda.quant_linear.decode_mma": "needs groups of whole units of 8 codes, not 20",
         "cuda.quant_linear.tiles_mma": "needs groups of whole units of 8 codes, not 20",
     }
@@ -212,9 +310,31 @@ def test_refusals_are_words():
         "is for whole tiles and needs groups of a multiple of 32 codes, not 16"
     )
     reasons = dict(select(_quant_case(4, 32, 64, 8, None), CUDA, quant_linear.KERNELS).refused)
-    assert reasons == {"cuda.quant_linear.stream": "is for 1 to 16 rows known at compile time, not symbolic"}
+    symbolic = {"cuda.quant_linear.stream": "is for 1 to 16 rows known at compile time, not symbolic"}
+    assert reasons == symbolic | HOPPER_ALONE
     reasons = dict(select(_quant_case(4, 128, 14336, 4096, 16), CUDA, quant_linear.KERNELS).refused)
-    assert reasons == {"cuda.quant_linear.stream": "16 rows of 14336 do not fit in shared memory beside the weights"}
+    many = {"cuda.quant_linear.stream": "16 rows of 14336 do not fit in shared memory beside the weights"}
+    assert reasons == many | HOPPER_ALONE
+    reasons = dict(select(_quant_case(4, 128, 4096, 4096, 9), HOPPER, quant_linear.KERNELS).refused)
+    assert reasons == {"cuda.quant_linear.stream": "is slower than wgmma from 9 rows on"}
+    reasons = dict(select(_quant_case(4, 128, 256, 8, 9, "float32"), HOPPER, quant_linear.KERNELS).refused)
+    assert reasons["cuda.quant_linear.prefill"] == "needs float16 activations, not float32"
+    assert prefill_of(_quant_case(4, 128, 256, 8, 9), HOPPER) == "is for weights in the other order of k"
+
+
+@pytest.mark.parametrize("has_zeros", (True, False))
+@pytest.mark.parametrize("group", (-1, 32, 64, 128))
+@pytest.mark.parametrize(("k", "n"), [(4096, 28672), (14336, 4096), (576, 192), (64, 16), (49152, 12288)])
+def test_hopper_plans_fit_and_ascend(k, n, group, has_zeros):
+    for bits in (2, 3, 4, 8):
+        shape = stream.Shape(0, n, Grouping.of(bits, k, group), has_zeros)
+        plan = wgmma_choice.choose(shape)
+        limits = [most for most, _ in plan]
+        assert limits[-1] is None and limits[:-1] == sorted(limits[:-1])
+        for most, config in plan:
+            assert wgmma.shared_bytes(shape, config) <= 227 << 10
+            assert config.stages >= 3 and config.depth >= 3
+            assert config.tokens >= min(most or 128, 128)
 
 
 @pytest.mark.parametrize("archs", [("sm_90",), ("sm_80", "sm_89", "sm_90"), ("sm_80",)])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_compile.errors import ConfigError
-from gptq_compile.kernels.layouts import layout_for
+from gptq_compile.kernels.layouts import NATURAL_TILES, layout_for
 from gptq_compile.kernels.registry import Case
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping, block_codes, block_words, decode, encode, fields
@@ -33,12 +33,15 @@ def _case(bits: int, group: int, k: int, n: int, zeros: bool) -> Case:
     n=st.integers(1, 40),
     has_zeros=st.booleans(),
     target=st.sampled_from(TARGETS),
+    natural=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_unpack_inverts_pack(bits, group, k, n, has_zeros, target, seed):
+def test_unpack_inverts_pack(bits, group, k, n, has_zeros, target, natural, seed):
     rng = np.random.default_rng(seed)
     case = _case(bits, group, k, n, has_zeros)
     layout = layout_for(case, target)
+    if natural and layout.name == "fragment_tiles":
+        layout = NATURAL_TILES
     groups = Grouping.of(bits, k, group).groups
     codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
     scales = rng.normal(size=(n, groups)).astype(np.float16).astype(np.float32)
