@@ -102,7 +102,7 @@ class CompileResult:
     """What a compilation made.
 
     Attributes:
-        out: the artifact, or None after ``stop_after`` or a dry run.
+        out: what was made, or None after ``stop_after`` or a dry run. ``format``: of it, as in the options.
         plan: what was planned. ``seconds``: stage -> wall time. ``reports``: one a linear.
         passes: one record a pass. ``size``: bytes of the artifact. ``tuning``: what tuning scales did, if asked for.
     """
@@ -114,6 +114,7 @@ class CompileResult:
     passes: list[PassRecord] = field(default_factory=list)
     size: int = 0
     tuning: dict[str, Any] | None = None
+    format: str = "artifact"
 
 
 class _Stopped(Exception):
@@ -148,7 +149,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
     clock = _Clock(progress)
     target, dtype = options.resolved_target, options.resolved_dtype
     overwrite = options.overwrite or work.claimed(options.out)
-    ArtifactWriter(options.out, overwrite=overwrite).check()
+    _output(options, overwrite).check()
     work.depend_on_settings(options)
     with clock("open"):
         source = load_source(
@@ -167,8 +168,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         program = trace(source.config, source.params, name=source.name, source=source.source)
     plan = _plan(program, source, options)
     progress.plan(plan)
-    writer = ArtifactWriter(options.out, overwrite=overwrite, disk_needed=plan.bytes_after)
-    writer.check()
+    _output(options, overwrite, plan.bytes_after).check()
     if dry_run:
         return CompileResult(None, plan, clock.seconds)
     work.claim(options.out)
@@ -183,6 +183,10 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
     try:
         with clock("raise"):
             manager.run(trace_passes(), program)
+            if options.format == "onnx":  # an op without a form in ONNX is found before anything slow
+                from gptq_compile.onnx.lowering import Lowering
+
+                Lowering(program).run()
         if options.quantize.method == "gptq" and not from_text:
             with clock("calibrate"):
                 calibration = torch.from_numpy(_calibration(source, options, progress, work))
@@ -206,6 +210,13 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
                 StagedFolder(options.dequantized, overwrite=is_model if again else None).check()
                 work.claim(options.dequantized)
                 write_dequantized(source, dequantized_weights(program), options.dequantized, overwrite=again)
+        if options.format == "onnx":
+            from gptq_compile.onnx.export import write_onnx
+
+            with clock("export"):
+                level = options.accuracy_level
+                write_onnx(program, source, options.as_dict(), options.out, accuracy_level=level, overwrite=overwrite)
+            return _result(options, plan, clock, quantize, manager, program)
         with clock("lower"):
             manager.run(lowering_passes(target, dtype, options.resolved_device), program)
     except _Stopped:
@@ -214,7 +225,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
     from gptq_compile.passes.build import build
     from gptq_compile.passes.lower_to_relax import lower_to_relax
 
-    with writer:
+    with ArtifactWriter(options.out, overwrite=overwrite, disk_needed=plan.bytes_after) as writer:
         with clock("kernels"):
             lowered = lower_to_relax(program, target, options.batch_buckets)
         with clock("build"):
@@ -227,9 +238,26 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             writer.add_file(source.config_json(), "config.json")
             writer.add_file(source.generation_json(), "generation_config.json")
             writer.finish(manifest(program, source, options, lowered, built))
+    return _result(options, plan, clock, quantize, manager, program)
+
+
+def _output(options: CompileOptions, overwrite: bool, disk_needed: int = 0) -> StagedFolder | ArtifactWriter:
+    """The folder to make, to check its place and disk before anything slow."""
+    if options.format == "artifact":
+        return ArtifactWriter(options.out, overwrite=overwrite, disk_needed=disk_needed)
+    from gptq_compile.onnx.export import is_export
+
+    return StagedFolder(options.out, overwrite=is_export if overwrite else None, disk_needed=disk_needed)
+
+
+def _result(
+    options: CompileOptions, plan: Plan, clock: _Clock, quantize: GptqQuantize, manager: _Manager, program: Program
+) -> CompileResult:
     size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
     tuning = program.attrs.get("tuning")
-    return CompileResult(options.out, plan, clock.seconds, quantize.reports, manager.records, size, tuning)
+    return CompileResult(
+        options.out, plan, clock.seconds, quantize.reports, manager.records, size, tuning, options.format
+    )
 
 
 class _Clock:

@@ -12,6 +12,7 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.passes.gptq.config import QuantizeConfig
 
 DTYPES = ("float32", "float16")
+FORMATS = ("artifact", "onnx")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,10 @@ class CompileOptions:
 
     Attributes:
         model: a Hugging Face folder, a hub id or a GGUF file.
-        out: the artifact folder to make.
+        out: the folder to make.
+        format: what to make: an artifact, or a model for ONNX Runtime (``onnx``), which is not compiled.
+        accuracy_level: of an ONNX model's quantized linears: 0 as the runtime chooses, 1 float32, 4 activations rounded
+            to 8 bits.
         target: ``cpu``, ``cuda`` or ``cuda:sm_80,sm_90``.
         quantize: how weights are quantized.
         calibration: a ``.txt``/``.jsonl``/``.npy`` file, a ``datasets`` name, or ``self`` for text of the model's own.
@@ -40,6 +44,8 @@ class CompileOptions:
 
     model: str
     out: Path
+    format: str = "artifact"
+    accuracy_level: int = 0
     target: str = "cpu"
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     calibration: str = "self"
@@ -66,6 +72,10 @@ class CompileOptions:
         if not self.batch_buckets or any(b < 1 or b > 256 for b in self.batch_buckets):
             raise ConfigError(f"batch buckets are {list(self.batch_buckets)}; use sizes from 1 to 256.")
 
+        if self.format not in FORMATS:
+            raise ConfigError(f"format is {self.format!r}; use one of {', '.join(FORMATS)}.")
+        if self.accuracy_level not in range(5):
+            raise ConfigError(f"accuracy level is {self.accuracy_level}; use a number from 0 to 4.")
         if self.resume and self.work_dir is None:
             raise ConfigError("--resume goes on with what is in a work folder; name that with --work-dir DIR.")
 

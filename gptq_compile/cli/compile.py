@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments; only those given end up in the namespace, so that defaults live in one place."""
     from gptq_compile.cli.main import COMMANDS
 
-    commands = "\n".join(f"  {name:9} {what}" for name, (_, what) in COMMANDS.items())
+    commands = "\n".join(f"  {name:11} {what}" for name, (_, what) in COMMANDS.items())
     p = Parser(
         prog="gptq-compile",
         usage="gptq-compile MODEL [--target cpu|cuda|cuda:sm_90] [--wbits 2|3|4|8] [-o OUT] [options]\n"
@@ -117,11 +117,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub id (org/name), or a .gguf file")
     p.add_argument("-o", "--out", metavar="OUT", help="folder to make (default: NAME-TARGET-wBITS here)")
     _target(p.add_argument_group("target"))
-    _quantization(p.add_argument_group("quantization"))
-    _calibration(p.add_argument_group("calibration"))
-    _input(p.add_argument_group("input"))
-    _output(p.add_argument_group("output"))
-    _debugging(p.add_argument_group("looking inside"))
+    add_quantization(p.add_argument_group("quantization"))
+    add_calibration(p.add_argument_group("calibration"))
+    add_input(p.add_argument_group("input"))
+    add_output(p.add_argument_group("output"))
+    add_debugging(p.add_argument_group("looking inside"))
     return p
 
 
@@ -142,7 +142,7 @@ def _target(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _quantization(group: argparse._ArgumentGroup) -> None:
+def add_quantization(group: argparse._ArgumentGroup) -> None:
     default = _QUANTIZE
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--wbits", "--bits", type=int, metavar="N", help=f"2, 3, 4 or 8 (default: {default['wbits']})")
@@ -208,7 +208,7 @@ def _quantization(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _calibration(group: argparse._ArgumentGroup) -> None:
+def add_calibration(group: argparse._ArgumentGroup) -> None:
     default = _QUANTIZE
     group.add_argument(
         "--calibration",
@@ -237,13 +237,13 @@ def _calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", metavar="D", help="where torch quantizes: cpu, cuda (default: cuda if there)")
 
 
-def _input(group: argparse._ArgumentGroup) -> None:
+def add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     group.add_argument("--offline", action="store_true", help="take a hub id from the cache only")
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the model's repository")
 
 
-def _output(group: argparse._ArgumentGroup) -> None:
+def add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dequantized",
         type=Path,
@@ -267,7 +267,7 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--version", action="store_true", help="print the version")
 
 
-def _debugging(group: argparse._ArgumentGroup) -> None:
+def add_debugging(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before the first and after every pass")
     group.add_argument("--stop-after", metavar="PASS", help="end after this pass (no artifact)")
     group.add_argument("--reproducer", type=Path, metavar="DIR", help="if a pass fails, write the IR before it here")

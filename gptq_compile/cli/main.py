@@ -22,6 +22,7 @@ from gptq_compile.errors import GptqCompileError
 # Command -> (module with main(argv) -> int, what it does). Whatever is not one of these is a model to compile.
 COMMANDS = {
     "compile": ("gptq_compile.cli.compile", "compile a model (the default: `gptq-compile MODEL ...` does the same)"),
+    "export-onnx": ("gptq_compile.cli.export_onnx", "quantize a model and write it for ONNX Runtime"),
     "run": ("gptq_compile.cli.run", "generate text with a compiled model"),
     "chat": ("gptq_compile.cli.chat", "talk to a compiled model"),
     "eval": ("gptq_compile.cli.evaluate", "perplexity of a compiled model on a text"),
@@ -89,6 +90,8 @@ def explain(error: Exception) -> str | None:
             f"The package {error.name} is not installed, and compiling needs it: pip install 'gptq-compile[compile]'. "
             "Running a compiled model does not."
         )
+    if isinstance(error, ModuleNotFoundError) and error.name == "onnx":
+        return "The package onnx is not installed, and exporting to ONNX needs it: pip install 'gptq-compile[onnx]'."
     if isinstance(error, MemoryError):
         return "There is not enough memory. Use a smaller model, fewer --nsamples or a shorter --seqlen."
     if isinstance(error, OSError) and error.filename is not None:

@@ -31,6 +31,7 @@ STAGES = {
     "quantize": "quantizing",
     "tune": "tuning scales",
     "dequantize": "writing the dequantized model",
+    "export": "writing the ONNX model",
     "lower": "lowering",
     "kernels": "choosing kernels",
     "build": "compiling to machine code",
@@ -243,7 +244,8 @@ class JsonReporter(_Timed):
             error=errors[0] if errors else None,
             error_rtn=errors[1] if errors else None,
             tuning=result.tuning,
-            command=summary.run_command(result.out) if result.out is not None else None,
+            format=result.format,
+            command=summary.run_command(result.out) if result.out is not None and result.format == "artifact" else None,
         )
 
     def failed(self, error: Exception) -> None:

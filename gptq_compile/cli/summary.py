@@ -33,7 +33,11 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
         f"{plan.name} ({plan.model_type}), {_count(plan.parameters)} parameters, context {plan.context_length}",
     )
     batches = ", ".join(map(str, options.batch_buckets))
-    _row(table, "target", f"{options.resolved_target}, activations {options.resolved_dtype}, decode batches {batches}")
+    if options.format == "artifact":
+        target = f"{options.resolved_target}, activations {options.resolved_dtype}, decode batches {batches}"
+        _row(table, "target", target)
+    else:
+        _row(table, "format", "ONNX for onnxruntime and onnxruntime-genai, activations float32")
     share = plan.quantized_parameters / plan.parameters if plan.parameters else 0.0
     _row(
         table,
@@ -94,7 +98,7 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
             or f"divergence {tuning['divergence_before']:.3g} -> {tuning['divergence_after']:.3g} nats a token",
         )
     if result.out is not None:
-        _row(table, "artifact", f"{size(result.size)} in {result.out}")
+        _row(table, "artifact" if result.format == "artifact" else "export", f"{size(result.size)} in {result.out}")
         _row(table, "report", str(options.report_path))
     return table
 
@@ -105,6 +109,8 @@ def next_step(result: CompileResult, dry_run: bool) -> str:
         return "Dry run: nothing was written."
     if result.out is None:
         return "Stopped where you asked; no artifact was written."
+    if result.format == "onnx":
+        return f"Load {result.out / 'model.onnx'} with onnxruntime, or the folder with onnxruntime-genai."
     return f"Try it: {run_command(result.out)}"
 
 

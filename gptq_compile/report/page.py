@@ -93,7 +93,7 @@ def page(result: CompileResult, run: Recorder) -> str:
     worse = sum(r.error > r.error_rtn * 1.0001 for r in both)  # type: ignore[operator]
     subtitle = [
         f"{plan.model_type}, {plan.parameters / 1e6:,.1f} million parameters, {plan.linears} linears quantized",
-        f"artifact {human(result.size)} in {result.out}",
+        f"{'artifact' if result.format == 'artifact' else 'export'} {human(result.size)} in {result.out}",
         strftime("%Y-%m-%d %H:%M UTC", gmtime(run.began)),
     ]
     if both:
