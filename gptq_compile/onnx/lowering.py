@@ -75,7 +75,7 @@ class Lowering:
         import gptq_compile.onnx.dialect_rules  # noqa: F401
 
         program, b = self.program, self.b
-        select = program.output
+        select: Node = program.output
         if select.target is not aten.index_select.default or select.args[1] != 1:
             raise PassError("The program's output is not a selection of rows of the logits, so it has another form.")
         logits, rows = select.args[0], select.args[2]
