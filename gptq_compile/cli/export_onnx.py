@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from gptq_compile.cli import compile as compiling
 from gptq_compile.cli.parser import Parser
+from gptq_compile.errors import ConfigError
 
 _EPILOG = """\
 examples:
@@ -19,8 +21,15 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
+    from gptq_compile.artifact.writer import is_artifact
+
     arguments = parser().parse_args(argv)
     del arguments.ops  # the only choice so far
+    if is_artifact(Path(arguments.model)):
+        raise ConfigError(
+            f"{arguments.model} is a compiled model, which no longer has the graph; export the model it was made from "
+            "(`gptq-compile inspect` names it) with the same settings."
+        )
     arguments.format, arguments.target = "onnx", "cpu"  # quantization is the same for every target
     options = compiling.to_options(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see compile.main
