@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,24 +14,26 @@ from typing import Any, Protocol
 import torch
 
 from gptq_compile.artifact.contents import manifest
-from gptq_compile.artifact.dequantized import dequantized_weights, is_model, write_dequantized
+from gptq_compile.artifact.dequantized import dequantized_weights, write_dequantized
 from gptq_compile.artifact.files import StagedFolder
+from gptq_compile.artifact.model_folder import is_model
 from gptq_compile.artifact.tensors import HEADER_BYTES
 from gptq_compile.artifact.writer import ArtifactWriter
 from gptq_compile.calibration import SELF, CalibrationConfig, load_calibration
-from gptq_compile.errors import PassError
+from gptq_compile.checkpoint.settings import settled
+from gptq_compile.checkpoint.writer import write_checkpoint
 from gptq_compile.frontend.source import ModelSource, load_source
 from gptq_compile.frontend.trace import trace
-from gptq_compile.options import CompileOptions
-from gptq_compile.passes.budget import BudgetedQuantize, Footprint, stored_bits
+from gptq_compile.options import CHECKPOINTS, CompileOptions
+from gptq_compile.passes.adopt_codes import AdoptCodes
+from gptq_compile.passes.budget import BudgetedQuantize, Footprint
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.memory_plan import plan_memory
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
-from gptq_compile.passes.quantize_experts import matrix_shape
-from gptq_compile.passes.stages import quantizable
 from gptq_compile.passes.tune_scales import TuneScales
+from gptq_compile.plan import Plan, make_plan
 from gptq_compile.report.page import write_report
 from gptq_compile.report.record import Recorder
 from gptq_compile.workdir.work import Work
@@ -72,32 +73,6 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a compilation will do, known from shapes alone.
-
-    Attributes:
-        name, model_type, parameters, context_length: the model.
-        linears: linears that will be quantized; ``quantized_parameters``: their weights.
-        bytes_before: the checkpoint's weights as float16. ``bytes_after``: the artifact's weights.
-        bits_per_weight: average over the quantized weights, scales and zero points included; the bound where bits are
-            chosen by ``avg_bits`` or ``max_size``.
-        memory: estimated peak bytes of quantization. ``settings``: the resolved options.
-    """
-
-    name: str
-    model_type: str
-    parameters: int
-    context_length: int
-    linears: int
-    quantized_parameters: int
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    memory: int
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class CompileResult:
     """What a compilation made.
 
@@ -122,7 +97,7 @@ class _Stopped(Exception):
 
 
 def compile_model(options: CompileOptions, progress: Progress | None = None, *, dry_run: bool = False) -> CompileResult:
-    """Compiles a model into an artifact folder.
+    """Compiles a model into an artifact folder, or quantizes it into a GPTQ checkpoint (``options.format``).
 
     Args:
         options: settings.
@@ -150,7 +125,6 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
     target, dtype = options.resolved_target, options.resolved_dtype
     overwrite = options.overwrite or work.claimed(options.out)
     _output(options, overwrite).check()
-    work.depend_on_settings(options)
     with clock("open"):
         source = load_source(
             options.model,
@@ -158,15 +132,25 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             offline=options.offline,
             trust_remote_code=options.trust_remote_code,
         )
+        options = settled(options, source.quantization, source.name)
+        work.depend_on_settings(options)
         work.depend_on_model(source)
-    from_text = options.quantize.method == "gptq" and options.calibration != SELF
+    for note in source.notes:
+        progress.note(note)
+    if options.format == "gptq" and not options.quantize.sym:
+        progress.note(
+            "GPTQModel takes asymmetric checkpoints of format gptq only from itself; write --format gptq_v2 for it."
+        )
+    adopted = source.quantization is not None  # codes are taken as they are
+    calibrated = options.quantize.method == "gptq" and not adopted
+    from_text = calibrated and options.calibration != SELF
     calibration = None
     if from_text:  # a bad file is found before anything slow
         with clock("calibrate"):
             calibration = torch.from_numpy(_calibration(source, options, progress, work))
     with clock("trace"):
         program = trace(source.config, source.params, name=source.name, source=source.source)
-    plan = _plan(program, source, options)
+    plan = make_plan(program, source, options)
     progress.plan(plan)
     _output(options, overwrite, plan.bytes_after).check()
     if dry_run:
@@ -179,7 +163,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             "weights."
         )
     manager = _Manager(options, small)
-    quantize: GptqQuantize | None = None
+    quantize: GptqQuantize | AdoptCodes | None = None
     try:
         with clock("raise"):
             manager.run(trace_passes(), program)
@@ -187,7 +171,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
                 from gptq_compile.onnx.lowering import Lowering
 
                 Lowering(program).run()
-        if options.quantize.method == "gptq" and not from_text:
+        if calibrated and not from_text:
             with clock("calibrate"):
                 calibration = torch.from_numpy(_calibration(source, options, progress, work))
         with clock("quantize"):
@@ -198,7 +182,11 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
                 memory = plan_memory(program, options.quantize, count, tokens, torch.device(options.resolved_device))
                 progress.note("memory: " + "; ".join(f"{what} {kept}" for what, kept in memory.lines()))
             original = program.clone()  # shares the parameters, which are read when asked for
-            quantize = _quantizer(options, calibration, progress, work)
+            if adopted:
+                quantize = AdoptCodes(source.codes, progress.linear)
+                program.attrs["checkpoint"] = plan.checkpoint
+            else:
+                quantize = _quantizer(options, calibration, progress, work)
             manager.run([quantize], program)
         if options.quantize.tune_epochs:
             with clock("tune"):
@@ -216,6 +204,12 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             with clock("export"):
                 level = options.accuracy_level
                 write_onnx(program, source, options.as_dict(), options.out, accuracy_level=level, overwrite=overwrite)
+            return _result(options, plan, clock, quantize, manager, program)
+        if options.format in CHECKPOINTS:
+            with clock("checkpoint"):
+                floats = None if options.dtype is None else getattr(torch, options.dtype)
+                place, form = options.out, options.format
+                write_checkpoint(program, source, options.quantize, place, form=form, dtype=floats, overwrite=overwrite)
             return _result(options, plan, clock, quantize, manager, program)
         with clock("lower"):
             manager.run(lowering_passes(target, dtype, options.resolved_device), program)
@@ -247,11 +241,17 @@ def _output(options: CompileOptions, overwrite: bool, disk_needed: int = 0) -> S
         return ArtifactWriter(options.out, overwrite=overwrite, disk_needed=disk_needed)
     from gptq_compile.onnx.export import is_export
 
-    return StagedFolder(options.out, overwrite=is_export if overwrite else None, disk_needed=disk_needed)
+    replaceable = is_model if options.format in CHECKPOINTS else is_export
+    return StagedFolder(options.out, overwrite=replaceable if overwrite else None, disk_needed=disk_needed)
 
 
 def _result(
-    options: CompileOptions, plan: Plan, clock: _Clock, quantize: GptqQuantize, manager: _Manager, program: Program
+    options: CompileOptions,
+    plan: Plan,
+    clock: _Clock,
+    quantize: GptqQuantize | AdoptCodes,
+    manager: _Manager,
+    program: Program,
 ) -> CompileResult:
     size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
     tuning = program.attrs.get("tuning")
@@ -309,62 +309,6 @@ def _quantizer(
     footprint = Footprint(options.resolved_target, width, HEADER_BYTES)
     return BudgetedQuantize(
         config, calibration, device, progress.linear, work.solutions, footprint=footprint, note=progress.note
-    )
-
-
-def _plan(program: Program, source: ModelSource, options: CompileOptions) -> Plan:
-    """Sizes from shapes; the program is as traced, so linears are counted on a normalized copy."""
-    from gptq_compile.passes.normalize import Normalize
-
-    probe = program.clone()
-    Normalize().run(probe)
-    config = options.quantize
-    linears = {n.args[1]: n for n in reversed(quantizable(probe, config.quantize_lm_head))}
-    shapes = {weight: matrix_shape(node) for weight, node in reversed(linears.items())}  # in graph order
-    weights = quantized = 0
-    for node, (rows, columns) in shapes.items():
-        if not config.budgeted:
-            config.validate_for_layer(columns, node.meta["param"])
-        quantized += rows * columns
-        weights += stored_bits(rows, columns, config) // 8
-    if options.stop_after is not None:
-        known = [
-            p.name
-            for p in [
-                *trace_passes(),
-                GptqQuantize(config),
-                *([TuneScales(config, program, None)] if config.tune_epochs else []),
-                *lowering_passes(options.resolved_target, options.resolved_dtype),
-            ]
-        ]
-        if options.stop_after not in known:
-            raise PassError(f"There is no pass called {options.stop_after!r}. The pipeline has: {', '.join(known)}.")
-    parameters = source.parameter_count
-    width = 4 if options.resolved_dtype == "float32" else 2
-    rest = (parameters - quantized) * width
-    if config.avg_bits is not None:
-        weights = math.floor(config.avg_bits * quantized / 8)
-    elif config.max_size is not None:
-        weights = max(0, config.max_size - rest)
-    after = weights + rest
-    largest = max((math.prod(shape) for shape in shapes.values()), default=0)
-    hidden = max((columns for _, columns in shapes.values()), default=0)
-    # Experts have a Hessian each.
-    experts = max((int(n.meta["val"].shape[0]) for n in shapes if n.meta["val"].dim() == 3), default=1)
-    tokens = config.nsamples * config.seqlen if config.method == "gptq" else 0
-    memory = parameters * 4 + 4 * (3 * largest + (2 + experts) * hidden * hidden) + 4 * tokens * hidden
-    return Plan(
-        name=source.name,
-        model_type=source.config.model_type,
-        parameters=parameters,
-        context_length=source.context_length,
-        linears=len(linears),
-        quantized_parameters=quantized,
-        bytes_before=2 * parameters,
-        bytes_after=after,
-        bits_per_weight=8 * weights / quantized if quantized else 0.0,
-        memory=memory,
-        settings=options.as_dict(),
     )
 
 

@@ -12,7 +12,8 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.passes.gptq.config import QuantizeConfig
 
 DTYPES = ("float32", "float16")
-FORMATS = ("artifact", "onnx")
+CHECKPOINTS = ("gptq", "gptq_v2")
+FORMATS = ("artifact", *CHECKPOINTS, "onnx")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class CompileOptions:
     Attributes:
         model: a Hugging Face folder, a hub id or a GGUF file.
         out: the folder to make.
-        format: what to make: an artifact, or a model for ONNX Runtime (``onnx``), which is not compiled.
+        format: what to make: an artifact, a GPTQ checkpoint for other tools (``gptq`` or ``gptq_v2``), or a model for
+            ONNX Runtime (``onnx``); only artifacts are compiled.
         accuracy_level: of an ONNX model's quantized linears: 0 as the runtime chooses, 1 float32, 4 activations rounded
             to 8 bits.
         target: ``cpu``, ``cuda`` or ``cuda:sm_80,sm_90``.
@@ -39,7 +41,9 @@ class CompileOptions:
         dump_ir: folder for the IR after every pass. ``stop_after``: name of the last pass to run.
         reproducer: folder written when a pass fails.
         revision, offline, trust_remote_code: how a hub id is resolved.
-        overwrite: replace an artifact that is there.
+        overwrite: replace what this program wrote there before.
+        asked: names of the settings in ``quantize``, and ``calibration``, that the user gave. What is quantized already
+            is refused with settings that it cannot have. By default those that differ from the defaults.
     """
 
     model: str
@@ -64,6 +68,7 @@ class CompileOptions:
     offline: bool = False
     trust_remote_code: bool = False
     overwrite: bool = False
+    asked: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self.resolved_target  # noqa: B018  parses, and raises for a bad one
@@ -78,6 +83,15 @@ class CompileOptions:
             raise ConfigError(f"accuracy level is {self.accuracy_level}; use a number from 0 to 4.")
         if self.resume and self.work_dir is None:
             raise ConfigError("--resume goes on with what is in a work folder; name that with --work-dir DIR.")
+
+    @property
+    def settings_asked(self) -> tuple[str, ...]:
+        """What the user set about quantization, with the default filled in."""
+        if self.asked is not None:
+            return self.asked
+        default, given = QuantizeConfig().as_dict(), self.quantize.as_dict()
+        names = [name for name, value in given.items() if value != default[name]]
+        return (*names, *(["calibration"] if self.calibration != "self" else []))
 
     @property
     def resolved_target(self) -> Target:

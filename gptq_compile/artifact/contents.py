@@ -44,6 +44,7 @@ def manifest(
         "dtype": options.resolved_dtype,
         "quantization": {
             **options.as_dict(),
+            **({"checkpoint": program.attrs["checkpoint"]} if "checkpoint" in program.attrs else {}),
             **({"budget": program.attrs["budget"]} if "budget" in program.attrs else {}),
             **({"tuning": program.attrs["tuning"]} if "tuning" in program.attrs else {}),
             "layers": layers_done,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from gptq_compile.artifact.files import StagedFolder
-from gptq_compile.artifact.tensors import TensorWriter
+from gptq_compile.artifact.model_folder import SHARD_BYTES, Stored, write_model_folder
 from gptq_compile.errors import OutputError
 from gptq_compile.frontend.source import ModelSource
 from gptq_compile.passes.dialect import dequantize
@@ -22,7 +20,6 @@ from gptq_compile.passes.dialect_experts import dequantize_experts
 from gptq_compile.passes.program import Program
 
 _TRANSPOSED = ".T"  # ends the name of a parameter that Normalize turned into a linear's weight
-SHARD_BYTES = 5_000_000_000  # what save_pretrained used to cut at, and what the hub likes
 
 
 def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
@@ -100,39 +97,15 @@ def write_dequantized(
             raise OutputError(f"There is no parameter {name!r} in {source.name} to override.")
         plan[name] = _fitting(name, params.shape(name), value)
     untied = any(params.canonical(name) != name for name in overrides)
-    sizes = {name: math.prod(params.shape(name)) * _stored(params.dtype(name), dtype).itemsize for name in plan}
-    shards = _shards(sizes, shard_bytes)
-    needed = sum(sizes.values())
-    with StagedFolder(out, overwrite=is_model if overwrite else None, disk_needed=needed) as folder:
-        where: dict[str, str] = {}
-        for i, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-            # Integers (8 bytes) before floats keeps everything aligned without the padding tensors of an artifact.
-            names = sorted(names, key=lambda name: params.dtype(name).is_floating_point)
-            reserve = sum(len(name) + 160 for name in names)
-            with TensorWriter(folder.place(file), {"format": "pt"}, reserve=reserve, alignment=1) as writer:
-                for name in names:
-                    writer.add(name, plan[name]().to(_stored(params.dtype(name), dtype)))
-                    where[name] = file
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": needed}, "weight_map": where}
-            folder.add(json.dumps(index, indent=2).encode(), "model.safetensors.index.json")
-        config = json.loads(source.config_json())
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        config.pop("torch_dtype", None)
-        if untied:
-            config["tie_word_embeddings"] = False
-        folder.add(json.dumps(config, indent=2).encode(), "config.json")
-        folder.add(source.generation_json(), "generation_config.json")
-        for name, content in source.tokenizer_files.items():
-            folder.add(content, name)
-        folder.commit()
-    return folder.out
-
-
-def is_model(folder: Path) -> bool:
-    """Whether a folder looks like what :func:`write_dequantized` writes."""
-    return (folder / "config.json").is_file()
+    tensors = {
+        name: Stored(params.shape(name), _stored(params.dtype(name), dtype), load) for name, load in plan.items()
+    }
+    config = json.loads(source.config_json())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    if untied:
+        config["tie_word_embeddings"] = False
+    return write_model_folder(source, tensors, config, out, shard_bytes=shard_bytes, overwrite=overwrite)
 
 
 def _fitting(name: str, shape: tuple[int, ...], value: Tensor | Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -150,16 +123,3 @@ def _fitting(name: str, shape: tuple[int, ...], value: Tensor | Callable[[], Ten
 def _stored(dtype: torch.dtype, floating: torch.dtype) -> torch.dtype:
     """What a tensor is written as: floating-point ones as asked, others as they are."""
     return floating if dtype.is_floating_point else dtype
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut where a file would exceed the limit (a larger tensor has a file of its own)."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_compile.cli.output import note_line
 from gptq_compile.cli.parser import Parser
 from gptq_compile.errors import ConfigError
-from gptq_compile.options import DTYPES, CompileOptions
+from gptq_compile.options import CHECKPOINTS, DTYPES, CompileOptions
 from gptq_compile.passes.gptq.config import COMPUTE_DTYPES, METHODS, SEQUENTIAL, QuantizeConfig
 
 if TYPE_CHECKING:
@@ -74,8 +74,11 @@ def to_options(arguments: argparse.Namespace) -> CompileOptions:
     given = _with_defaults(vars(arguments))
     quantize = QuantizeConfig(**{k: v for k, v in given.items() if k in _QUANTIZE})
     rest = {k: v for k, v in given.items() if k in _COMPILE and k != "out"}
-    out = given.get("out") or _default_out(arguments.model, rest.get("target", _COMPILE["target"]), quantize)
-    return CompileOptions(out=Path(out).expanduser(), quantize=quantize, **rest)
+    kind = rest.get("target", _COMPILE["target"]).partition(":")[0]
+    form = rest.get("format", _COMPILE["format"])
+    out = given.get("out") or _default_out(arguments.model, kind if form == "artifact" else form, quantize)
+    asked = tuple(k for k in vars(arguments) if k in _QUANTIZE or k == "calibration")
+    return CompileOptions(out=Path(out).expanduser(), quantize=quantize, asked=asked, **rest)
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -90,14 +93,14 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return given if on_gpu else {**given, **_SELF_ON_CPU}
 
 
-def _default_out(model: str, target: str, quantize: QuantizeConfig) -> str:
+def _default_out(model: str, kind: str, quantize: QuantizeConfig) -> str:
     bits = f"w{quantize.wbits if quantize.avg_bits is None else quantize.avg_bits:g}"
     if quantize.max_size is not None:
         bits = f"{quantize.max_size / 1e6:g}MB"
     elif quantize.max_ppl_increase is not None:
         bits = f"ppl{100 * quantize.max_ppl_increase:g}"
     name = Path(model).name.removesuffix(".gguf") if Path(model).name not in ("", ".", "..") else "model"
-    return re.sub(r"[^\w.-]+", "-", f"{name}-{target.partition(':')[0]}-{bits}")
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{kind}-{bits}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,6 +119,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub id (org/name), or a .gguf file")
     p.add_argument("-o", "--out", metavar="OUT", help="folder to make (default: NAME-TARGET-wBITS here)")
+    p.add_argument(
+        "--format",
+        choices=("artifact", *CHECKPOINTS),
+        help="artifact: compiled, for `gptq-compile run`; gptq, gptq_v2: a checkpoint for transformers, GPTQModel and "
+        f"vLLM, not compiled (default: {_COMPILE['format']})",
+    )
     _target(p.add_argument_group("target"))
     add_quantization(p.add_argument_group("quantization"))
     add_calibration(p.add_argument_group("calibration"))

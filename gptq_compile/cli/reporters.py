@@ -32,6 +32,7 @@ STAGES = {
     "tune": "tuning scales",
     "dequantize": "writing the dequantized model",
     "export": "writing the ONNX model",
+    "checkpoint": "writing the checkpoint",
     "lower": "lowering",
     "kernels": "choosing kernels",
     "build": "compiling to machine code",
@@ -273,6 +274,6 @@ def _say(line: str) -> None:
 def _errors(report: LinearReport) -> str:
     """``error 0.0123 (rounding 0.0310), damp 0.01``; rounding alone is not measured."""
     if not summary.measured(report.error) or not summary.measured(report.error_rtn):
-        return f"{report.bits} bits, rounded"
+        return f"{report.bits} bits, {'taken over' if report.method == 'checkpoint' else 'rounded'}"
     text = f"error {report.error:.2g} (rounding {report.error_rtn:.2g}), damp {report.damp:g}"
     return f"{text}, {report.note}" if report.note and report.method == "rtn" else text

@@ -37,14 +37,18 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
         target = f"{options.resolved_target}, activations {options.resolved_dtype}, decode batches {batches}"
         _row(table, "target", target)
     else:
-        _row(table, "format", "ONNX for onnxruntime and onnxruntime-genai, activations float32")
+        onnx = "ONNX for onnxruntime and onnxruntime-genai, activations float32"
+        _row(table, "format", onnx if options.format == "onnx" else f"{options.format}, a checkpoint for other tools")
     share = plan.quantized_parameters / plan.parameters if plan.parameters else 0.0
     _row(
         table,
         "quantize",
-        f"{plan.linears} linears, {_count(plan.quantized_parameters)} weights ({share:.0%}): {_grid(options)}",
+        f"{plan.linears} linears, {_count(plan.quantized_parameters)} weights ({share:.0%})"
+        + (f": {_grid(options)}" if plan.checkpoint is None else ""),
     )
-    if q.method == "gptq":
+    if plan.checkpoint is not None:
+        _row(table, "method", plan.checkpoint)
+    elif q.method == "gptq":
         order = ["act-order" if q.act_order else "natural order"]
         order += ["static groups"] if q.act_order and q.static_groups else []
         order += ["MSE grids"] if q.clips else []
@@ -84,7 +88,7 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
         change = f", {abs(1 - error / rtn):.0%} {'less' if error <= rtn else 'MORE'}" if rtn else ""
         _row(table, "mean layer error", f"{error:.3g} against {rtn:.3g} of rounding{change}")
     q = options.quantize
-    if fallen := [r for r in result.reports if r.method != q.method]:
+    if fallen := [r for r in result.reports if r.method not in (q.method, "checkpoint")]:
         _row(
             table, "not by GPTQ", f"{len(fallen)} linears, first {fallen[0].name}: {fallen[0].note or fallen[0].method}"
         )
@@ -98,7 +102,8 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
             or f"divergence {tuning['divergence_before']:.3g} -> {tuning['divergence_after']:.3g} nats a token",
         )
     if result.out is not None:
-        _row(table, "artifact" if result.format == "artifact" else "export", f"{size(result.size)} in {result.out}")
+        kind = {"artifact": "artifact", "onnx": "export"}.get(result.format, "checkpoint")
+        _row(table, kind, f"{size(result.size)} in {result.out}")
         _row(table, "report", str(options.report_path))
     return table
 
@@ -111,14 +116,20 @@ def next_step(result: CompileResult, dry_run: bool) -> str:
         return "Stopped where you asked; no artifact was written."
     if result.format == "onnx":
         return f"Load {result.out / 'model.onnx'} with onnxruntime, or the folder with onnxruntime-genai."
+    if result.format != "artifact":
+        path = _path(result.out)
+        return f"Load it with transformers, GPTQModel or vLLM: {path}\nCompile it: gptq-compile {path}"
     return f"Try it: {run_command(result.out)}"
 
 
 def run_command(out: Path) -> str:
     """The command that runs an artifact."""
+    return f"gptq-compile run {_path(out)} {shlex.quote('What is a compiler?')}"
+
+
+def _path(out: Path) -> str:
     relative = os.path.relpath(out)
-    path = relative if not relative.startswith("..") else str(out)
-    return f"gptq-compile run {shlex.quote(path)} {shlex.quote('What is a compiler?')}"
+    return shlex.quote(relative if not relative.startswith("..") else str(out))
 
 
 def mean_errors(reports: Sequence[LinearReport]) -> tuple[float, float] | None:

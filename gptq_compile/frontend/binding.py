@@ -44,12 +44,13 @@ class _Conversion:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def bind(model: Any, checkpoint: Checkpoint) -> ParamStore:
+def bind(model: Any, checkpoint: Checkpoint, origins: dict[str, str] | None = None) -> ParamStore:
     """The checkpoint's tensors under the model's parameter names, read on demand and checked when read.
 
     Args:
         model: an instance with parameters on meta; gives names, shapes and ties.
         checkpoint: the opened shards.
+        origins: filled with parameter name -> checkpoint name of the tensors that are taken as they are.
 
     Raises:
         ModelError: a parameter has no tensor, or one of another shape.
@@ -67,6 +68,8 @@ def bind(model: Any, checkpoint: Checkpoint) -> ParamStore:
         )
         return load_with_transformers(model, checkpoint.folder)
     params = ParamStore()
+    if origins is not None:
+        origins.update(renamed)
     for name, key in renamed.items():
         origin = f"{name!r} in {checkpoint.file_of(key)}"
         load = checked(lambda key=key: checkpoint.read(key), origin)  # type: ignore[misc]

@@ -95,14 +95,26 @@ class Checkpoint:
         """The dtype that :meth:`read` returns."""
         return torch.float32 if self.is_float(name) else _INTEGERS[self._dtypes[name]]
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype of a tensor in its file, as safetensors calls it: F16, I32 ..."""
+        return self._dtypes[name]
+
     def read(self, name: str) -> Tensor:
         """Reads one tensor; floating-point ones become float32.
 
         Raises:
             ModelError: if the file can no longer be read.
         """
+        return self.read_stored(name).to(self.dtype(name))
+
+    def read_stored(self, name: str) -> Tensor:
+        """Reads one tensor in the type that it is stored in.
+
+        Raises:
+            ModelError: if the file can no longer be read.
+        """
         try:
-            return self._handle(self._file_of[name]).get_tensor(name).to(self.dtype(name))
+            return self._handle(self._file_of[name]).get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise ModelError(f"The tensor {name!r} of {self._file_of[name]} cannot be read ({e}).") from e
 

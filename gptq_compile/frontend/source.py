@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptq_compile.checkpoint import config as gptq_config
+from gptq_compile.checkpoint.config import GptqConfig
+from gptq_compile.checkpoint.reader import QuantizedCheckpoint, transposed_weights
 from gptq_compile.errors import ModelError
 from gptq_compile.frontend import chat as chat_template
 from gptq_compile.frontend import gguf, hooks
@@ -20,6 +23,7 @@ from gptq_compile.frontend.hub import locate
 from gptq_compile.frontend.tokenizer import adds_bos, load_tokenizer, tokenizer_files
 from gptq_compile.frontend.trace import build_model, context_length
 from gptq_compile.frontend.wording import first_line
+from gptq_compile.passes.adopt_codes import QuantizedWeight
 from gptq_compile.passes.program import ParamStore
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,9 @@ class ModelSource:
         generation: generation defaults as a plain dict.
         chat: the chat template in pieces (see :mod:`gptq_compile.frontend.chat`), or None.
         inputs: the files that were read.
+        quantization: settings of a GPTQ checkpoint, or None; ``codes``: parameter name -> its codes, for the parameters
+            that are stored as such, whose float weights in ``params`` are dequantized ones.
+        notes: what the user should know about the checkpoint.
     """
 
     name: str
@@ -55,6 +62,9 @@ class ModelSource:
     generation: dict[str, Any] = field(repr=False)
     chat: dict[str, Any] | None = field(repr=False)
     inputs: tuple[Path, ...] = field(repr=False)
+    quantization: GptqConfig | None = None
+    codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -175,15 +185,22 @@ def _short_name(model: str, path: Path) -> str:
 
 def _load_folder(folder: Path, source: str, name: str, trust_remote_code: bool) -> ModelSource:
     config = load_config(folder, trust_remote_code)
+    quantization = gptq_config.parse(getattr(config, "quantization_config", None), folder)
+    if hasattr(
+        config, "quantization_config"
+    ):  # the model is traced as the float one, and its config is written as such
+        del config.quantization_config
+    skeleton = _skeleton(config)
     checkpoint = Checkpoint(folder)
+    if quantization is not None:
+        checkpoint = QuantizedCheckpoint(folder, quantization, transposed_weights(skeleton))
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     files = tokenizer_files(tokenizer, folder)
-    skeleton = _skeleton(config)
-    params = bind(skeleton, checkpoint)
+    origins: dict[str, str] = {}
+    params = bind(skeleton, checkpoint, origins)
     config.tie_word_embeddings = skeleton.config.tie_word_embeddings
     inputs = [folder / "config.json", *checkpoint.files, *(f for f in files.values() if isinstance(f, Path))]
-    if (folder / "generation_config.json").is_file():
-        inputs.append(folder / "generation_config.json")
+    inputs += [f for f in (folder / "generation_config.json", folder / gptq_config.FILE) if f.is_file()]
     return ModelSource(
         name=name,
         source=source,
@@ -195,6 +212,9 @@ def _load_folder(folder: Path, source: str, name: str, trust_remote_code: bool) 
         generation=_generation(config, folder),
         chat=chat_template.decompose(tokenizer),
         inputs=tuple(inputs),
+        quantization=quantization,
+        codes=checkpoint.bound(origins) if isinstance(checkpoint, QuantizedCheckpoint) else {},
+        notes=tuple(checkpoint.notes) if isinstance(checkpoint, QuantizedCheckpoint) else (),
     )
 
 
@@ -221,7 +241,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The config of a Hugging Face folder.
 
     Raises:
-        ModelError: no config.json, not valid JSON, an unknown model type, or an already quantized checkpoint.
+        ModelError: no config.json, not valid JSON, an unknown model type, or quantized by another method than GPTQ.
     """
     from transformers import AutoConfig
 
@@ -237,12 +257,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         model_type = raw.get("model_type")
     except (OSError, ValueError, AttributeError) as e:
         raise ModelError(f"{file} is not a valid model config ({e}). Download it again.") from e
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(
-            f"The checkpoint {folder} is already quantized (quantization_config: {method}). Give the float16, bfloat16 "
-            "or float32 checkpoint it was made from."
-        )
+    gptq_config.parse(raw.get("quantization_config"), folder)  # refuses what is not GPTQ
     if raw.get("auto_map") and not trust_remote_code and not _known(model_type):
         raise ModelError(
             f"The model type {model_type!r} of {folder} runs Python code from its repository. Read that code, and if "

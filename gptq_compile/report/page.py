@@ -65,6 +65,8 @@ $settings
 </body></html>
 """)
 
+_KIND = {"artifact": "artifact", "onnx": "export"}
+
 
 def write_report(path: Path, result: CompileResult, run: Recorder) -> None:
     """Writes the report; a file that is there is replaced whole.
@@ -93,7 +95,7 @@ def page(result: CompileResult, run: Recorder) -> str:
     worse = sum(r.error > r.error_rtn * 1.0001 for r in both)  # type: ignore[operator]
     subtitle = [
         f"{plan.model_type}, {plan.parameters / 1e6:,.1f} million parameters, {plan.linears} linears quantized",
-        f"{'artifact' if result.format == 'artifact' else 'export'} {human(result.size)} in {result.out}",
+        f"{_KIND.get(result.format, 'checkpoint')} {human(result.size)} in {result.out}",
         strftime("%Y-%m-%d %H:%M UTC", gmtime(run.began)),
     ]
     if both:

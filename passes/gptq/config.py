@@ -58,6 +58,7 @@ class QuantizeConfig:
             a GPU the type that the model's config names (float32 if it names none).
         tune_epochs: Passes over the calibration sequences in which scales and norm weights are tuned end to end after
             all codes are fixed, see `passes/tune_scales.py`; 0 leaves them as they were solved.
+        min_zero: Smallest zero point of asymmetric grids: 0, or 1 for checkpoints that store zero points minus 1.
     """
 
     wbits: int = 4
@@ -81,6 +82,7 @@ class QuantizeConfig:
     max_ppl_increase: float | None = None
     compute_dtype: str = "auto"
     tune_epochs: int = 0
+    min_zero: int = 0
 
     def __post_init__(self) -> None:
         if not _is_int(self.wbits) or self.wbits not in BITS:
@@ -121,6 +123,8 @@ class QuantizeConfig:
         if self.tune_epochs and self.method != "gptq":
             raise ConfigError("tune_epochs tunes scales on calibration tokens, so the method must be gptq.")
 
+        if not _is_int(self.min_zero) or self.min_zero not in (0, 1):
+            raise ConfigError(f"min_zero is {self.min_zero!r}; the smallest zero point is 0 or 1.")
         self._check_budget()
 
     def _check_budget(self) -> None:

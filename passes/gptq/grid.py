@@ -25,6 +25,7 @@ MIN_SCALE = 2.0**-24
 SHRINK_STEPS = 100  # the reference quantizer's grid and maxshrink: ranges of 100 %, 99 %, ... 21 %
 SHRINK_TRIES = 80
 UNWEIGHTED_NORM = 2.4
+_BELOW = 0.55  # steps below 0 that round to a zero point of 1, also when the scale has been rounded to float16
 # Elements searched at a time: few launches on a GPU, temporaries that stay in cache on a CPU.
 _CHUNK = 1 << 24
 _CHUNK_CPU = 1 << 15
@@ -114,7 +115,7 @@ def to_fp16_nearest(scale: Tensor) -> Tensor:
 
 
 def fit(
-    weight: Tensor, bits: int, sym: bool, mse: bool = False, importance: Tensor | None = None
+    weight: Tensor, bits: int, sym: bool, mse: bool = False, importance: Tensor | None = None, min_zero: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Fit one grid to each row of each group.
 
@@ -128,6 +129,8 @@ def fit(
         mse: Search shrunken ranges. The criterion is sum(importance * error^2), or sum(|error|^2.4) as in the
             reference quantizer when there is no importance.
         importance: f32[G, C], not negative: diag(H) of the columns.
+        min_zero: Smallest zero point of asymmetric grids, 0 or 1: with 1, ranges without negative weights reach half a
+            step below 0.
 
     Returns:
         scale f32[N, G] (float16 numbers) and zero f32[N, G] (whole numbers in 0..2^bits-1).
@@ -140,6 +143,8 @@ def fit(
     empty = (low == 0) & (high == 0)
     low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     top = (1 << bits) - 1
+    if min_zero and not sym:
+        low = torch.minimum(low, high * (-_BELOW / (top - _BELOW)))  # -low / ((high - low) / top) >= _BELOW
     exact = high / top - low / top  # not (high - low) / top: the difference may overflow
     scale = to_fp16_up(exact)
     zero = _zero(low, scale, top, sym)
@@ -155,7 +160,7 @@ def fit(
         for r in range(0, weight.shape[0], step):
             part = slice(r, r + step)
             _search(weight[part], exact[part], low[part], scale[part], zero[part], top, sym, importance)
-    return scale, zero
+    return scale, zero.clamp_(min=min_zero)
 
 
 @functools.cache
@@ -210,7 +215,13 @@ def _grid_error(
 
 
 def fit_groups(
-    weight: Tensor, bits: int, sym: bool, group_size: int, mse: bool = False, importance: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    sym: bool,
+    group_size: int,
+    mse: bool = False,
+    importance: Tensor | None = None,
+    min_zero: int = 0,
 ) -> Grid:
     """Fit a grid to every row and group of columns.
 
@@ -221,6 +232,7 @@ def fit_groups(
         group_size: Columns of a group, or -1 for one group; the last may be short.
         mse: See `fit`.
         importance: f32[K] or None, see `fit`.
+        min_zero: See `fit`.
 
     Returns:
         The grid.
@@ -233,7 +245,7 @@ def fit_groups(
         count = g.stop - g.start
         chosen = None if importance is None else importance[columns].unflatten(0, (count, -1))
         w = weight[:, columns].float().unflatten(1, (count, -1))
-        scales[:, g], zeros[:, g] = fit(w, bits, sym, mse, chosen)
+        scales[:, g], zeros[:, g] = fit(w, bits, sym, mse, chosen, min_zero)
     return Grid(scales, None if sym else zeros.to(torch.uint8), bits, size)
 
 

@@ -48,7 +48,7 @@ def rtn(weight: Tensor, config: QuantizeConfig, *, name: str = "linear") -> Solu
     start = time.perf_counter()
     config.validate_for_layer(weight.shape[1], name)
     check_weight(weight, name)
-    grid = fit_groups(weight, config.wbits, config.sym, config.group_size, config.clips)
+    grid = fit_groups(weight, config.wbits, config.sym, config.group_size, config.clips, min_zero=config.min_zero)
     codes = grid.quantize(weight)
     stats = no_errors("rtn", None, time.perf_counter() - start)
     return Solution(codes, grid.scales, grid.zeros, None, config.wbits, grid.group_size, stats)

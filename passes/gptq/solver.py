@@ -172,7 +172,7 @@ def _rounded(w: Tensor, factor: Factor, config: QuantizeConfig) -> Solution:
     size = config.group_for(w.shape[1])
     alive = _alive(factor)
     importance = factor.hessian.diagonal() if config.clips else None
-    grid = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.clips, importance)
+    grid = fit_groups(_mask(w, alive, size), config.wbits, config.sym, size, config.clips, importance, config.min_zero)
     stats = no_errors("rtn", None, 0.0)
     return Solution(grid.quantize(w), grid.scales, grid.zeros, None, config.wbits, size, stats)
 
@@ -277,13 +277,13 @@ def _fit_group(
     """
     g = part.start // (part.stop - part.start)
     alive = None if alive is None else alive[part]
-    if work.is_cuda and not config.clips and (fused := fused_range()) is not None:
+    if work.is_cuda and not config.clips and not config.min_zero and (fused := fused_range()) is not None:
         keep = None if alive is None else _kept(alive, len(work))
         fused(work, keep, scales[g], zeros[g], config.max_code, config.sym, (MIN_SCALE, MAX_SCALE))
         return
     group = _mask(work.t(), alive, part.stop - part.start)
     chosen = None if importance is None else importance[part].unsqueeze(0)
-    s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.clips, chosen)
+    s, z = fit(group.unsqueeze(1), config.wbits, config.sym, config.clips, chosen, config.min_zero)
     scales[g], zeros[g] = s.squeeze(1), z.squeeze(1)
 
 

@@ -233,11 +233,10 @@ def test_no_causal_language_model(folder):
 
 
 def test_already_quantized(folder):
-    edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    edit(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
     assert refusal(folder) == (
-        f"The checkpoint {folder} is already quantized (quantization_config: gptq). Give the float16, bfloat16 "
-        "or float32 "
-        "checkpoint it was made from."
+        f"The checkpoint {folder} is already quantized, by method 'awq'; of those only GPTQ checkpoints are read. Give "
+        "the float16, bfloat16 or float32 checkpoint it was made from."
     )
 
 
