@@ -215,7 +215,7 @@ static void gq_mma4(float* d, const unsigned* a, unsigned b0, unsigned b1) {
 
 // What wgmma_source.HOPPER says in assembly. Products are made at once.
 #define GQ_HOPPER
-struct float4 { float x, y, z, w; };
+struct __attribute__((aligned(16))) float4 { float x, y, z, w; };
 static float __fdividef(float a, float b) { return a / b; }
 struct emu_bar { uint16_t expected, pending; uint32_t phase; };
 static uint64_t gq_shared(const void* p) { return uintptr_t(p); }
