@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.quality import sequence_order
+from benchmarks.quality import sequence_order, windows_of
 from benchmarks.solver_speed import plain_loop
 from gptq_compile.frontend.source import load_source
 
@@ -121,8 +121,7 @@ def main() -> None:
     model.tie_weights()
     model = model.eval().to(args.device)
     original = {k: v.clone() for k, v in model.state_dict().items()}
-    ids = source.tokenizer(args.text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
-    windows = ids[: args.windows * 1024].reshape(args.windows, 1024).to(args.device)
+    windows = windows_of(args.text, source.tokenizer, args.windows).to(args.device)
     calibration = torch.from_numpy(np.load(args.calibration).astype(np.int64)).to(args.device)
     print(f"FP {perplexity(model, windows):.3f}", flush=True)
     for draw in range(args.first_draw, args.first_draw + args.draws):

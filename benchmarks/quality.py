@@ -106,6 +106,12 @@ def parse_setting(pairs: list[str]) -> dict[str, Any]:
     return out
 
 
+def windows_of(text: Path, tokenizer: Any, count: int) -> torch.Tensor:
+    """The first ``count`` windows of 1,024 tokens of a text, int64 ``[count, 1024]``."""
+    ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    return ids[: count * 1024].reshape(count, 1024)
+
+
 def sequence_order(draw: int, count: int) -> torch.Tensor:
     """The order of ``count`` calibration sequences in a draw; draw 0 leaves them as they are."""
     return torch.arange(count) if draw == 0 else torch.randperm(count, generator=torch.Generator().manual_seed(draw))
@@ -126,8 +132,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     source = load_source(args.model)
     tokenizer = source.tokenizer
-    ids = tokenizer(args.text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
-    windows = ids[: args.windows * 1024].reshape(args.windows, 1024)
+    windows = windows_of(args.text, tokenizer, args.windows)
     calibration = torch.from_numpy(np.load(args.calibration).astype(np.int64))[: args.rows]
     start = time.perf_counter()
     for name in list(source.params):  # every setting reads every weight, so hold them where they are used

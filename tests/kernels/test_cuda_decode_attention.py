@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,9 +18,9 @@ import cuda_emulator
 from gptq_compile.errors import NoKernelError
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
+from tests.kernels.op_runner import needs_gxx
 
 HOPPER = Target.parse("cuda:sm_90")
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 SMALL = [c for c in cases_decode.cases() if c.case["heads"] <= 6]
 
 

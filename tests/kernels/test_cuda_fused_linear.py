@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from cases import BuiltFor
 from gptq_compile.errors import NoKernelError
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
+from tests.kernels.op_runner import needs_gxx
 
 HOPPER = Target.parse("cuda:sm_90")
 OLDER = Target.parse("cuda:sm_80,sm_90")
 ALONE = Target.parse("cuda:sm_90a")  # packs weights in another order
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 SMALL = [c for c in cases_fused.cases() if c.case["in_features"] * c.case["out_features"] * (c.case.rows or 1) < 60000]
 
 

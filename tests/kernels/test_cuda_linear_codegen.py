@@ -31,10 +31,10 @@ from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.script import Function, local, script, store
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping
+from tests.kernels.op_runner import needs_gxx
 
 CUDA = Target.parse("cuda:sm_80,sm_90")
 HOPPER = Target.parse("cuda:sm_90a")
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
