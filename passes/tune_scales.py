@@ -163,7 +163,7 @@ class _Original:
         self.runner, self.output = runner, runner.program.output
         self.calibration = calibration
         self.batches = runner.batches(calibration, 1)
-        stretches = stretches_of(runner.program)
+        stretches = stretches_with_live(runner.program)
         self.last = stretches[-1][0]
         for (nodes, live), (after, _) in itertools.pairwise(stretches):
             loaded = runner.load(nodes, {})
@@ -261,7 +261,7 @@ class _Student:
         self.program, self.device = program.clone(), runner.device
         self.interpreter = Interpreter(self.program, self.device, runner.interpreter.dtype)
         self.weights = _with_plain_linears(self.program)
-        self.stretches = stretches_of(self.program)
+        self.stretches = stretches_with_live(self.program)
         self.norms = _norm_weights(self.program)
         self._held: Env = {}
         self._resident = self._fits()
@@ -374,7 +374,7 @@ def differentiable_weight(
     return _Dequantize.apply(flat[0], flat[1], flat[2], g_idx, group, bits).reshape(codes.shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def stretches_of(program: Program) -> list[tuple[list[Node], set[Node]]]:
+def stretches_with_live(program: Program) -> list[tuple[list[Node], set[Node]]]:
     """The program cut between its layers: the nodes of each stretch and the values that are live after it."""
     order = [n for n in program.graph.nodes if n.op == "call_function"]
     edges = [0, *cuts_between_layers(order), len(order)]
