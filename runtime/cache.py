@@ -6,6 +6,7 @@ Page 0 is the scratch page: rows that only fill up a batch write there, so they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ids
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from gptq_compile.runtime.device import CpuDevice
 from gptq_compile.runtime.errors import ContextError
 from gptq_compile.runtime.manifest import Manifest
+from gptq_compile.runtime.pages import PagePool
 from gptq_compile.runtime.vm import as_tuple
 
 SCRATCH_PAGE = 0
@@ -29,12 +31,13 @@ def default_tokens(manifest: Manifest, device: CpuDevice, max_batch: int) -> int
 
 
 class PagedCache:
-    """Cache tensors of every layer and the free list of their pages.
+    """Cache tensors of every layer, and which of their pages belong to which sequence.
 
     Attributes:
         tensors: tuple (k0, v0, k1, v1, ...), each [pages, kv_heads, page_size, head_dim].
         capacity: tokens that sequences can hold together.
         max_sequence: tokens that one sequence can hold.
+        pages: how many there are, the scratch page left out.
         table_width: pages of the longest sequence, the second dimension of every page table.
     """
 
@@ -52,7 +55,8 @@ class PagedCache:
                 # Zeros, not garbage: a kernel may read a whole page and multiply what lies ahead by zero.
                 arrays.append(device.zeros(shape, manifest.cache_dtype))
         self.tensors: Any = as_tuple(arrays)
-        self._free = list(range(pages, 0, -1))
+        self.pages = pages
+        self._pool = PagePool(pages, self.page_size)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that ``tokens`` tokens need."""
@@ -60,12 +64,13 @@ class PagedCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages that no sequence has."""
-        return len(self._free)
+        """Pages that no sequence has; some may still hold text that can be found."""
+        return self._pool.available
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens can be allocated now."""
-        return self.pages_for(tokens) <= len(self._free)
+    @property
+    def kept_pages(self) -> int:
+        """Pages that no sequence has and whose text can be found."""
+        return self._pool.kept
 
     def allocate(self, tokens: int) -> np.ndarray:
         """Takes pages for ``tokens`` tokens.
@@ -77,18 +82,56 @@ class PagedCache:
             ContextError: if there are not enough free pages.
         """
         need = self.pages_for(tokens)
-        if need > len(self._free) or need > self.table_width:
+        if need > self.free_pages or need > self.table_width:
             raise ContextError(
-                f"The KV cache has {len(self._free) * self.page_size} free tokens of {self.capacity}, and a sequence "
+                f"The KV cache has {self.free_pages * self.page_size} free tokens of {self.capacity}, and a sequence "
                 f"needs {tokens}. Load the engine with a larger cache_tokens."
             )
-        row = np.full(self.table_width, SCRATCH_PAGE, "int32")
-        row[:need] = [self._free.pop() for _ in range(need)]
-        return row
+        return self._row(self._pool.take(need))
+
+    def known(self, ids: Ids[int]) -> int:
+        """Tokens at the beginning of ``ids`` that are in the cache."""
+        return len(self._pool.find(ids)) * self.page_size
+
+    def admit(self, ids: Ids[int], tokens: int) -> tuple[np.ndarray, int] | None:
+        """Takes pages for a sequence that begins with ``ids``, sharing those that hold its beginning already.
+
+        Args:
+            ids: what is known of the sequence and may be shared.
+            tokens: room to make for it.
+
+        Returns:
+            A page table row and the number of tokens that are in it; None if there are not enough pages now.
+        """
+        shared = self._pool.find(ids)
+        need = self.pages_for(tokens) - len(shared)
+        if need > self._pool.available - self._pool.unheld(shared):
+            return None
+        self._pool.share(shared)
+        return self._row([*shared, *self._pool.take(need)]), len(shared) * self.page_size
+
+    def room(self, row: np.ndarray) -> int:
+        """Tokens that a row's pages hold."""
+        return int(np.count_nonzero(row)) * self.page_size
+
+    def extend(self, row: np.ndarray, tokens: int) -> bool:
+        """Adds pages to a row until it holds ``tokens``, or as many as there are; False if there is not one."""
+        have = int(np.count_nonzero(row))
+        add = min(self.pages_for(tokens) - have, self.free_pages)
+        row[have : have + max(add, 0)] = self._pool.take(max(add, 0))
+        return add > 0
+
+    def record(self, row: np.ndarray, ids: Ids[int]) -> None:
+        """Says that a row holds ``ids``, so that other sequences with this beginning can share its full pages."""
+        self._pool.record(ids, row.tolist())
 
     def release(self, row: np.ndarray) -> None:
         """Gives a row's pages back."""
-        self._free.extend(int(p) for p in row[::-1] if p != SCRATCH_PAGE)
+        self._pool.release([int(p) for p in row if p != SCRATCH_PAGE])
+
+    def forget(self) -> None:
+        """Drops text that no sequence holds."""
+        self._pool.forget()
 
     def slots(self, row: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Slot of each position: page * page_size + offset, int32."""
@@ -98,3 +141,8 @@ class PagedCache:
         """Slot of one position per table row, int32 [rows]."""
         pages = table[np.arange(len(table)), positions // self.page_size]
         return (pages * self.page_size + positions % self.page_size).astype("int32")
+
+    def _row(self, pages: list[int]) -> np.ndarray:
+        row = np.full(self.table_width, SCRATCH_PAGE, "int32")
+        row[: len(pages)] = pages
+        return row

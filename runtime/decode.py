@@ -16,6 +16,7 @@ from gptq_compile.runtime import cuda
 from gptq_compile.runtime.cache import SCRATCH_PAGE, PagedCache
 from gptq_compile.runtime.device import CpuDevice
 from gptq_compile.runtime.errors import ArtifactError
+from gptq_compile.runtime.hosted import needs_host, through_host
 from gptq_compile.runtime.sequence import Sequence
 from gptq_compile.runtime.vm import Model
 
@@ -39,10 +40,16 @@ class DecodeBatch:
         self._penalty = device.zeros([size], "float32")
         self._seen: Any = None  # [size, vocab] uint8, only once somebody asks for a penalty
         self._penalized = False
+        self._hosted: Rows[Sequence] = ()  # the sequences, if some of them want their logits on the host
         self._ring = device.ring(device.depth, size)
         self._graphs: dict[bool, cuda.Graph | None] = {}
         self._direct_steps = {False: 0, True: 0}
         self._launched = self._collected = 0
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be in flight."""
+        return 1 if self._hosted else self._device.depth
 
     @property
     def in_flight(self) -> int:
@@ -73,16 +80,17 @@ class DecodeBatch:
             if self._seen is None:
                 self._seen = device.zeros([self.size, self._vocab], "uint8")
             device.upload(self._seen, seen_matrix(sequences, self.size, self._vocab))
+        self._hosted = list(sequences) if needs_host(sequences) else ()
         self._launched = self._collected = 0
 
     def launch(self) -> None:
         """Enqueues one step."""
         key = self._penalized
-        if self._direct_steps[key] < WARM_UP_STEPS:
+        if self._hosted or self._direct_steps[key] < WARM_UP_STEPS:
             outputs = self._run()
             if self._direct_steps[key] == 0:
                 self._check_in_place(outputs)
-            self._direct_steps[key] += 1
+            self._direct_steps[key] += not self._hosted
         else:
             if key not in self._graphs:
                 self._graphs[key] = self._device.capture(self._run)
@@ -134,6 +142,8 @@ class DecodeBatch:
     def _run(self) -> tuple[Any, ...]:
         model = self._model
         logits = self._decode()
+        if self._hosted:
+            logits = through_host(self._device, logits, self._hosted)
         if self._penalized:
             logits = model.repetition_penalty(logits, self._seen, self._penalty)
         tokens = model.sample(

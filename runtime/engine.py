@@ -18,6 +18,7 @@ from gptq_compile.runtime.decode import DecodeBatch
 from gptq_compile.runtime.device import CpuDevice, open_device
 from gptq_compile.runtime.errors import ArtifactError, ContextError, LogitsError, RequestError
 from gptq_compile.runtime.ffi import load_runtime
+from gptq_compile.runtime.hosted import Constraint
 from gptq_compile.runtime.manifest import Manifest
 from gptq_compile.runtime.prefill import Chunk, run_forward
 from gptq_compile.runtime.sampling import SamplingSettings, stop_strings
@@ -39,6 +40,7 @@ class Engine:
         manifest: what the artifact is.
         tokenizer: None if the artifact has none; prompts are then lists of token ids.
         cache: the paged KV cache.
+        scheduler: runs requests; ``generate`` and ``runtime.worker`` share it.
     """
 
     def __init__(self, artifact: Artifact, device: CpuDevice, max_batch: int, cache_tokens: int | None) -> None:
@@ -54,7 +56,7 @@ class Engine:
         if "tokenizer.json" in self.manifest.files:
             path = artifact.path("tokenizer.json")
             self.tokenizer = Tokenizer(path, self.manifest.bos_token_id, self.manifest.add_bos)
-        self._scheduler = Scheduler(device, self._model, self.cache, self.manifest.vocab_size, max_batch)
+        self.scheduler = Scheduler(device, self._model, self.cache, self.manifest.vocab_size, max_batch)
         log.info(
             "Loaded %s on %s; KV cache of %d tokens.", self.manifest.name, device.description(), self.cache.capacity
         )
@@ -106,7 +108,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees graphs and pinned memory; memory of weights and cache goes with the last reference."""
-        self._scheduler.close()
+        self.scheduler.close()
 
     @property
     def context_length(self) -> int:
@@ -142,6 +144,7 @@ class Engine:
         stream: bool = False,
         eos_token_id: int | Ids[int] | None = None,
         return_dict_in_generate: bool = False,
+        logprobs: int | None = None,
     ) -> Any:
         """Continues prompts. Argument names are those of Hugging Face's GenerationMixin.
 
@@ -160,6 +163,7 @@ class Engine:
                 ``results`` hold the ``GenerationResult`` objects when it has ended.
             eos_token_id: end tokens instead of the model's; an empty list never ends early.
             return_dict_in_generate: return ``GenerationResult`` objects instead of text.
+            logprobs: also report each token's log-probability and those of so many likeliest tokens.
 
         Returns:
             Text, or a list for a list of prompts; see ``stream`` and ``return_dict_in_generate``.
@@ -178,11 +182,11 @@ class Engine:
                 f"There are {len(prompts)} prompts and {len(seeds)} seeds; give one seed or one for each."
             )
         sequences = [
-            self._sequence(
+            self.request(
                 ids,
                 SamplingSettings(
                     max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, each,
-                    stop_strings(stop), eos,
+                    stop_strings(stop), eos, logprobs,
                 ),
             )
             for ids, each in zip(prompts, seeds, strict=True)
@@ -237,7 +241,7 @@ class Engine:
 
     def _teacher_forced(self, tokens: np.ndarray, step: bool) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (first position, logits float32 [rows, vocab]) in order."""
-        with self._scheduler.lock, self._device.stream():
+        with self.scheduler.lock, self._device.stream():
             row = self.cache.allocate(len(tokens))
             try:
                 yield from (self._by_steps(tokens, row) if step else self._by_chunks(tokens, row))
@@ -261,10 +265,32 @@ class Engine:
         finally:
             batch.close()
 
-    def _sequence(self, ids: list[int], settings: SamplingSettings) -> Sequence:
-        context, capacity = self.manifest.context_length, self.cache.max_sequence
-        if not ids:
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt.
+
+        Raises:
+            RequestError: if the artifact has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError("This artifact has no tokenizer. Give the prompt as a list of token ids.")
+        return self.tokenizer.encode(text)
+
+    def request(self, ids: Ids[int], settings: SamplingSettings, constraint: Constraint | None = None) -> Sequence:
+        """A sequence for ``scheduler.submit``.
+
+        Args:
+            ids: the prompt's tokens, taken as they are.
+            settings: how to continue it.
+            constraint: decides which tokens may come next.
+
+        Raises:
+            ContextError: if the prompt does not fit into the context.
+            RequestError: if it is empty or has a token outside the vocabulary.
+        """
+        if len(ids) == 0:
             raise RequestError("The prompt has no tokens. Give at least one.")
+        context, capacity = self.manifest.context_length, self.cache.max_sequence
+        ids = self._token_ids(ids, check_context=False).tolist()
         if len(ids) >= context:
             raise ContextError(
                 f"The prompt has {len(ids)} tokens, and the model's context is {context}, new tokens included. "
@@ -276,18 +302,18 @@ class Engine:
                 "Load the engine with a larger cache_tokens."
             )
         limit = min(settings.max_new_tokens, capacity - len(ids))
-        return Sequence(ids, settings, limit, self.tokenizer)
+        return Sequence(ids, settings, limit, self.tokenizer, constraint)
 
     def _pieces(self, sequences: list[Sequence]) -> Generator[tuple[int, str], None, None]:
         """Runs sequences to their end, yielding (index, text) as it comes; cancels them if the caller leaves."""
         # Submission happens on the first pull: an iterator nobody reads must not hold cache pages.
         try:
             for sequence in sequences:
-                self._scheduler.submit(sequence)
+                self.scheduler.submit(sequence)
             running = list(enumerate(sequences))
             while running:
                 if any(s.finish_reason is None for _, s in running):
-                    self._scheduler.step()
+                    self.scheduler.step()
                 for index, sequence in running:
                     while sequence.pieces:
                         yield index, sequence.pieces.popleft()
@@ -300,11 +326,11 @@ class Engine:
         finally:
             for sequence in sequences:
                 if sequence.finish_reason is None:
-                    self._scheduler.cancel(sequence)
+                    self.scheduler.cancel(sequence)
 
     def _prompts(self, prompt: str | Ids[Any]) -> tuple[bool, list[list[int]]]:
         if isinstance(prompt, str):
-            return True, [self._encode(prompt)]
+            return True, [self.encode(prompt)]
         if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
             prompt = prompt.tolist()
         items = list(prompt)
@@ -313,13 +339,8 @@ class Engine:
         if all(_is_int(i) for i in items):
             return True, [self._token_ids(items, check_context=False).tolist()]
         return False, [
-            self._encode(i) if isinstance(i, str) else self._token_ids(i, check_context=False).tolist() for i in items
+            self.encode(i) if isinstance(i, str) else self._token_ids(i, check_context=False).tolist() for i in items
         ]
-
-    def _encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise RequestError("This artifact has no tokenizer. Give the prompt as a list of token ids.")
-        return self.tokenizer.encode(text)
 
     def _token_ids(self, ids: Ids[int] | np.ndarray, check_context: bool = True) -> np.ndarray:
         vocab = self.manifest.vocab_size

@@ -108,7 +108,7 @@ def kernel_times(engine: Engine, batch: int, context: int) -> StepKernels:
     state = DecodeBatch(device, engine._model, engine.cache, batch, engine.manifest.vocab_size)
     rows = [engine.cache.allocate(context) for _ in range(batch)]
     try:
-        with engine._scheduler.lock, device.stream():
+        with engine.scheduler.lock, device.stream():
             table = np.stack(rows)
             positions = np.full(batch, context - 1, "int32")
             device.upload(state._positions, positions)

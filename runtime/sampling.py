@@ -25,6 +25,7 @@ class SamplingSettings:
         seed: of the counter-based random numbers.
         stop: strings that end the text (they are not part of it).
         eos_token_ids: tokens that end it.
+        logprobs: report each token's log-probability and those of so many likeliest tokens; None reports nothing.
     """
 
     max_new_tokens: int = 128
@@ -37,6 +38,7 @@ class SamplingSettings:
     seed: int = 0
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError if a value is out of its range."""
@@ -52,6 +54,8 @@ class SamplingSettings:
         good = _number(self.repetition_penalty) and self.repetition_penalty > 0
         _require(good, "repetition_penalty", self.repetition_penalty, "greater than 0")
         _require(_whole(self.seed), "seed", self.seed, "a whole number")
+        good = self.logprobs is None or (_whole(self.logprobs) and self.logprobs >= 0)
+        _require(good, "logprobs", self.logprobs, "0 or more, or None")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "text that is not empty")
 
     @property

@@ -69,7 +69,7 @@ def check(engine: Engine, prompt: str, tokens: int, steps: int, gap: float) -> d
     found["seeds_differ"] = runs[0] != runs[2]
 
     capture = engine._device.capture
-    graphs = [g for b in engine._scheduler._batches.values() for g in b._graphs.values()]
+    graphs = [g for b in engine.scheduler._batches.values() for g in b._graphs.values()]
     found["graphs"] = [g.nodes for g in graphs if g is not None]
     if engine.manifest.target_kind == "cuda" and (not graphs or None in graphs):
         raise AssertionError("a decode step was not captured")
