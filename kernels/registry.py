@@ -25,6 +25,7 @@ Scalar = int | float | bool | str
 
 KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
     "cpu": (
+        "gptq_compile.kernels.cpu.int16_linear",
         "gptq_compile.kernels.cpu.quant_linear",
         "gptq_compile.kernels.cpu.linear",
         "gptq_compile.kernels.cpu.attention",

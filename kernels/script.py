@@ -75,5 +75,13 @@ def when(condition: Expr) -> Iterator[None]:
 
 
 def local(size: int, dtype: str = "float32") -> Any:
-    """Emits a small private array that the code generator keeps in registers."""
+    """Emits a small private array of a GPU thread, which the code generator keeps in registers."""
     return script().alloc_buffer((size,), dtype, scope="local")
+
+
+def on_stack(size: int, dtype: str = "float32") -> Any:
+    """Emits a small array of a CPU thread (below 1 kB), which the code generator keeps in registers or on the stack.
+
+    Arrays of scope "local" would be asked of the runtime and given back for every pass of the loop around them.
+    """
+    return script().alloc_buffer((size,), dtype)

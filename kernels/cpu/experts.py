@@ -12,7 +12,7 @@ from gptq_compile.kernels import tirx_math as tm
 from gptq_compile.kernels.attention_params import refuse_dtype
 from gptq_compile.kernels.cpu.linear import WEIGHT_ROWS, dot_tile, lane_sum
 from gptq_compile.kernels.registry import Case, Kernel
-from gptq_compile.kernels.script import Function, local, script, store, when
+from gptq_compile.kernels.script import Function, on_stack, script, store, when
 from gptq_compile.kernels.target import Target
 
 LANES = 16
@@ -84,7 +84,7 @@ def _columns(case: Case, target: Target) -> Any:
         n = p.out_features
 
         def tile(row: Expr, start: Expr, width: int) -> None:
-            sums = local(width)
+            sums = on_stack(width)
             with ir.vectorized(width) as lane:
                 store(sums, (lane,), ir.float32(0))
             with ir.serial(p.in_features) as k, ir.vectorized(width) as lane:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
-from gptq_compile.kernels.script import Function, local, script, store, when
+from gptq_compile.kernels.script import Function, on_stack, script, store, when
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
 
@@ -67,8 +67,8 @@ def dot_tile(
 ) -> list[list[Any]]:
     """Emits the lane-wise dot products of token_rows x WEIGHT_ROWS pairs; rows past the end repeat the last one."""
     ir = script()
-    sums = [[local(lanes) for _ in range(WEIGHT_ROWS)] for _ in range(token_rows)]
-    loaded = [local(lanes) for _ in range(WEIGHT_ROWS)]
+    sums = [[on_stack(lanes) for _ in range(WEIGHT_ROWS)] for _ in range(token_rows)]
+    loaded = [on_stack(lanes) for _ in range(WEIGHT_ROWS)]
     tokens = [ir.min(row + r, rows - 1) for r in range(token_rows)]
     columns = [ir.min(column + c, n - 1) for c in range(WEIGHT_ROWS)]
     for line in sums:

@@ -18,7 +18,7 @@ from typing import Any
 
 from gptq_compile.kernels.layouts import LANES, grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
-from gptq_compile.kernels.script import Function, local, script, store, when
+from gptq_compile.kernels.script import Function, on_stack, script, store, when
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping, block_codes, block_words, fields
 
@@ -179,7 +179,7 @@ def prescaled(t: Tensors) -> tuple[Any, Any]:
                         store(scaled, (row, k), value * ir.float32(2.0 ** -exponents[j]))
 
                 _blocks(grouping.bits, size, emit)
-                partial = local(8)
+                partial = on_stack(8)
                 with ir.vectorized(8) as lane:
                     store(partial, (lane,), ir.float32(0))
                 if size >= 8:
@@ -216,14 +216,14 @@ def fused_rows(t: Tensors, x: Any, sums: Any, tile: Expr, rows: tuple[Expr, ...]
     """Emits out[rows, tile] for at most four rows."""
     ir = script()
     chains = max(1, FUSED_CHAINS // len(rows))
-    total = [local(LANES) for _ in rows]
+    total = [on_stack(LANES) for _ in rows]
     for acc in total:
         _fill(acc)
     for first, count, size in _spans(grouping):
         with ir.serial(count) as i:
             g = first + i
-            partial = [[local(LANES) for _ in range(chains)] for _ in rows]
-            code = local(LANES)
+            partial = [[on_stack(LANES) for _ in range(chains)] for _ in rows]
+            code = on_stack(LANES)
             for chain in partial:
                 for acc in chain:
                     _fill(acc)
@@ -312,7 +312,7 @@ def _dequantize(t: Tensors, panel: Any, tile: Expr, group: Expr, groups: int, si
     bits = t.grouping.bits
     with ir.serial(groups) as i:
         g = group + i
-        scale, shift = local(LANES), local(LANES)
+        scale, shift = on_stack(LANES), on_stack(LANES)
         with ir.vectorized(LANES) as lane:
             store(scale, (lane,), t.scale(tile, g, lane))
         with ir.vectorized(LANES) as lane:
@@ -331,7 +331,7 @@ def _dequantize(t: Tensors, panel: Any, tile: Expr, group: Expr, groups: int, si
 def _micro(x: Any, rows: Expr, panel: Any, sums: Any, start: Expr, row: Expr, k: Expr, codes: int) -> None:
     """Emits sums[row:row+6] += x[start+row:.., k:k+codes] @ panel; rows past the end repeat the last one."""
     ir = script()
-    acc = [local(LANES) for _ in range(TILE_ROWS)]
+    acc = [on_stack(LANES) for _ in range(TILE_ROWS)]
     for r, one in enumerate(acc):
         with ir.vectorized(LANES) as lane:
             store(one, (lane,), sums[row + r, lane])
