@@ -28,6 +28,7 @@ import torch
 
 from gptq_compile.frontend.source import load_source
 from gptq_compile.frontend.trace import trace
+from gptq_compile.passes.budget import BudgetedQuantize
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.solution import RowErrors
 from gptq_compile.passes.gptq_quantize import GptqQuantize
@@ -153,7 +154,10 @@ def main() -> None:
         start = time.perf_counter()
         options = {k: v for k, v in setting.items() if k not in ("scales", "rounded_rows", "draw")}
         ids = calibration[sequence_order(setting.get("draw", 0), len(calibration))]
-        step = GptqQuantize(QuantizeConfig(**options), ids, args.device)
+        config = QuantizeConfig(**options)
+        # Sizes in bytes depend on a target; an average of bits does not.
+        make = BudgetedQuantize if config.avg_bits is not None else GptqQuantize
+        step = make(config, ids, args.device)
         with as_reference(setting.get("scales", "up"), setting.get("rounded_rows", True)):
             step.run(program)
         seconds = time.perf_counter() - start
