@@ -66,7 +66,7 @@ $(VENV)/.compile: pyproject.toml $(PINS) | $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(PINS) | $(VENV)/.torch
-	$(PIP) install -c $(PINS) -e '.[compile,onnx,test]'
+	$(PIP) install -c $(PINS) -e '.[compile,onnx,serve,test]'
 	@touch $@ $(VENV)/.compile
 
 clean:

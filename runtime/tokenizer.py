@@ -4,12 +4,27 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from gptq_compile.runtime.errors import ArtifactError
 
+_SENTENCEPIECE_BLANK = "\u2581"
 _INCOMPLETE = "\ufffd"  # what a decoder prints for bytes that are not (yet) a character
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character of byte-level BPE: printable bytes are themselves, the others follow from 256 on.
+
+    Radford et al. 2019 (GPT-2), ``bytes_to_unicode``.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -31,6 +46,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._first = bos_token_id if add_bos else None
+        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt; the beginning-of-sequence token is put first where the model wants it, once."""
@@ -38,6 +55,24 @@ class Tokenizer:
         if self._first is not None and ids[:1] != [self._first]:
             ids.insert(0, self._first)
         return ids
+
+    def definition(self) -> str:
+        """The tokenizer as the text of a ``tokenizer.json``."""
+        return str(self._tokenizer.to_str())
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; those of its name if it is special. Empty for an unused id."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self._special:
+            return str(name).encode()
+        if self._byte_level and all(c in _BYTE_OF for c in name):
+            return bytes(_BYTE_OF[c] for c in name)
+        byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", name)
+        if byte:
+            return bytes([int(byte[1], 16)])
+        return str(name).replace(_SENTENCEPIECE_BLANK, " ").encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
