@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("gptq_compile.cli.evaluate", "perplexity of a compiled model on a text"),
     "bench": ("gptq_compile.cli.bench", "tokens a second, time to the first token and kernel times on this machine"),
     "inspect": ("gptq_compile.cli.inspect", "what is in a compiled model, and how well each layer was quantized"),
+    "embed": ("gptq_compile.cli.embed", "write the C++ sources that run a compiled model without Python"),
     "doctor": ("gptq_compile.cli.doctor", "what this machine can do, and how to mend what it cannot"),
 }
 DEFAULT = "compile"

@@ -30,20 +30,33 @@ def folders_with_code() -> set[str]:
 
 
 def test_package_list_equals_the_folder_tree() -> None:
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders_with_code()
+    # The C++ example has no Python in it: `gptq-compile embed` copies it.
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders_with_code() | {"gptq_compile.examples.cpp"}
     mapping = PROJECT["tool"]["setuptools"]["package-dir"]
-    assert mapping == {"gptq_compile": "gptq_compile"} | {f"gptq_compile.{top}": top for top in MAPPED}
+    expected = {"gptq_compile": "gptq_compile", "gptq_compile.examples.cpp": "examples/cpp"}
+    assert mapping == expected | {f"gptq_compile.{top}": top for top in MAPPED}
 
 
-def test_files_that_are_not_python_are_listed() -> None:
+def test_files_that_are_not_python_are_packaged() -> None:
+    folders = {
+        package: ROOT
+        / next(
+            package.replace(name, place, 1).replace(".", "/")
+            for name, place in sorted(PROJECT["tool"]["setuptools"]["package-dir"].items(), reverse=True)
+            if package == name or package.startswith(f"{name}.")
+        )
+        for package in PROJECT["tool"]["setuptools"]["package-data"]
+    }
+    globs = [folders[p] / glob for p, all_ in PROJECT["tool"]["setuptools"]["package-data"].items() for glob in all_]
+    packaged = {glob: set(glob.parent.glob(glob.name)) for glob in globs}
+    assert all(packaged.values()), "a glob matches nothing"
     others = {
-        str(file.relative_to(ROOT))
-        for top in ("gptq_compile", *MAPPED)
+        file
+        for top in ("gptq_compile", *MAPPED, "examples/cpp")
         for file in (ROOT / top).rglob("*")
         if file.is_file() and file.suffix not in (".py", ".pyc") and file.name != "py.typed"
     }
-    data = PROJECT["tool"]["setuptools"]["package-data"]
-    assert others == {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
+    assert others == set().union(*packaged.values()), "files that are not Python need an entry in package-data"
 
 
 def test_top_level_folders_are_no_regular_packages() -> None:

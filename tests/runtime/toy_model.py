@@ -146,6 +146,7 @@ def build_module() -> Any:
         h = T.alloc_buffer((1,), "uint32")
         for i in range(b):
             best[0] = T.float32(-3e38)
+            o[i] = -1
             for v in range(V):
                 score[0] = x[i, v]
                 if te[i] > T.float32(0):
@@ -359,6 +360,7 @@ def write_manifest(folder: pathlib.Path, data: dict[str, Any]) -> None:
 def write_artifact(folder: pathlib.Path) -> pathlib.Path:
     """Builds the whole toy artifact folder, runtime library included."""
     import tvm
+    import tvm_ffi
 
     folder.mkdir(parents=True)
     build_module().export_library(str(folder / "model.so"))
@@ -366,5 +368,6 @@ def write_artifact(folder: pathlib.Path) -> pathlib.Path:
     write_tokenizer(folder / "tokenizer.json")
     (folder / "lib").mkdir()
     shutil.copy(pathlib.Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so", folder / "lib")
+    shutil.copy(tvm_ffi.libinfo.find_libtvm_ffi(), folder / "lib")
     write_manifest(folder, manifest())
     return folder
