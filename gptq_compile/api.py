@@ -168,9 +168,10 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         with clock("raise"):
             manager.run(trace_passes(), program)
             if options.format == "onnx":  # an op without a form in ONNX is found before anything slow
+                from gptq_compile.onnx.export import products
                 from gptq_compile.onnx.lowering import Lowering
 
-                Lowering(program).run()
+                Lowering(program, products(options.onnx_ops)).run()
         if calibrated and not from_text:
             with clock("calibrate"):
                 calibration = torch.from_numpy(_calibration(source, options, progress, work))
@@ -202,8 +203,15 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             from gptq_compile.onnx.export import write_onnx
 
             with clock("export"):
-                level = options.accuracy_level
-                write_onnx(program, source, options.as_dict(), options.out, accuracy_level=level, overwrite=overwrite)
+                write_onnx(
+                    program,
+                    source,
+                    options.as_dict(),
+                    options.out,
+                    ops=options.onnx_ops,
+                    accuracy_level=options.accuracy_level,
+                    overwrite=overwrite,
+                )
             return _result(options, plan, clock, quantize, manager, program)
         if options.format in CHECKPOINTS:
             with clock("checkpoint"):

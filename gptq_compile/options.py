@@ -13,6 +13,7 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 
 DTYPES = ("float32", "float16")
 CHECKPOINTS = ("gptq", "gptq_v2")
+ONNX_OPS = ("matmulnbits", "custom")
 FORMATS = ("artifact", *CHECKPOINTS, "onnx")
 
 
@@ -25,6 +26,8 @@ class CompileOptions:
         out: the folder to make.
         format: what to make: an artifact, a GPTQ checkpoint for other tools (``gptq`` or ``gptq_v2``), or a model for
             ONNX Runtime (``onnx``); only artifacts are compiled.
+        onnx_ops: what an ONNX model's quantized linears become: ``matmulnbits``, or ``custom`` for operators of our own
+            and a library that runs them.
         accuracy_level: of an ONNX model's quantized linears: 0 as the runtime chooses, 1 float32, 4 activations rounded
             to 8 bits.
         target: ``cpu``, ``cuda`` or ``cuda:sm_80,sm_90``.
@@ -49,6 +52,7 @@ class CompileOptions:
     model: str
     out: Path
     format: str = "artifact"
+    onnx_ops: str = "matmulnbits"
     accuracy_level: int = 0
     target: str = "cpu"
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
@@ -79,6 +83,10 @@ class CompileOptions:
 
         if self.format not in FORMATS:
             raise ConfigError(f"format is {self.format!r}; use one of {', '.join(FORMATS)}.")
+        if self.onnx_ops not in ONNX_OPS:
+            raise ConfigError(f"ONNX operators are {self.onnx_ops!r}; use one of {', '.join(ONNX_OPS)}.")
+        if self.accuracy_level and self.onnx_ops != "matmulnbits":
+            raise ConfigError("An accuracy level is for the operator MatMulNBits; leave it out with --ops custom.")
         if self.accuracy_level not in range(5):
             raise ConfigError(f"accuracy level is {self.accuracy_level}; use a number from 0 to 4.")
         if self.resume and self.work_dir is None:

@@ -49,8 +49,10 @@ def export(program: Program, folder: Path) -> OrtModel:
 class OrtModel:
     """An exported model on one CPU thread, with the cache passed along as past and present."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, library: Path | None = None) -> None:
         options = ort.SessionOptions()
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.proto = onnx.load(path, load_external_data=False)

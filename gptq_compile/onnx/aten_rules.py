@@ -163,6 +163,8 @@ def _select(c: Lowering, node: Node, a: SimpleNamespace) -> str:
 
 @rule(aten.slice.Tensor)
 def _slice(c: Lowering, node: Node, a: SimpleNamespace) -> str:
+    if node in c.divided:
+        return c.divided[node]
     if any(is_node(v) for v in (a.start, a.end, a.step)):
         raise PassError(f"{where(node)} cuts at a place that depends on the number of tokens.")
     end = _END if a.end is None else a.end

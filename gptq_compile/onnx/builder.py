@@ -38,6 +38,9 @@ class _Weight:
 class GraphBuilder:
     """Collects nodes, constants, weights and their types; :meth:`write` makes the files.
 
+    A Reshape of what was only reshaped reads what that read, and one to the shape that is there is none. What no output
+    depends on is not written.
+
     Args:
         name: of the graph.
     """
@@ -51,6 +54,9 @@ class GraphBuilder:
         self._weights: dict[str, _Weight] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._names: dict[str, int] = {}
+        self._reshaped: dict[str, str] = {}
+        self._vectors: dict[str, tuple[int, ...]] = {}
+        self.domains = {"": OPSET, MICROSOFT: 1}
         self.scope = ""
 
     def unique(self, base: str) -> str:
@@ -70,8 +76,24 @@ class GraphBuilder:
         label = self.unique(f"{self.scope}/{op}" if self.scope else op)
         names = [self.unique(f"{label}_out{i}") for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
         attrs = {key: value for key, value in attrs.items() if value is not None}
+        if op == "Reshape":
+            if 0 not in self._vectors.get(inputs[1], ()):  # a zero copies a size of its input
+                inputs = [self._reshaped.get(inputs[0], inputs[0]), inputs[1]]
+            if isinstance(outputs, int) and self._has_shape(*inputs):
+                return inputs[0]
+            self._reshaped[names[0]] = inputs[0]
         self._nodes.append(helper.make_node(op, list(inputs), names, name=label, domain=domain, **attrs))
         return names[0] if len(names) == 1 else tuple(names)
+
+    def _has_shape(self, name: str, shape: str) -> bool:
+        """Whether a value was stated to have the shape that is the constant ``shape``."""
+        value, wanted = self._values.get(name), self._vectors.get(shape)
+        if value is None or wanted is None or wanted.count(-1) > 1:
+            return False
+        dims = value.type.tensor_type.shape.dim
+        return len(dims) == len(wanted) and all(
+            d.dim_value == w if d.HasField("dim_value") else w == -1 for d, w in zip(dims, wanted, strict=True)
+        )
 
     def constant(self, value: Any, dtype: Any = None) -> str:
         """The name of a constant; equal ones are one."""
@@ -85,7 +107,9 @@ class GraphBuilder:
 
     def ints(self, *values: int) -> str:
         """A constant int64 vector."""
-        return self.constant(list(values), np.int64)
+        name = self.constant(list(values), np.int64)
+        self._vectors[name] = values
+        return name
 
     def weight(self, name: str, shape: Sequence[int], dtype: Any, load: Callable[[], NDArray[Any]]) -> str:
         """Registers a tensor that ``load`` makes when it is written; the same name twice is one tensor."""
@@ -107,6 +131,15 @@ class GraphBuilder:
         self.outputs.append(tensor_type(name, dtype, shape))
         return name
 
+    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that the outputs depend on, in order, and the names of all values of theirs."""
+        used, kept = {o.name for o in self.outputs}, []
+        for node in reversed(self._nodes):
+            if used.intersection(node.output):
+                used.update(node.input, node.output)
+                kept.append(node)
+        return kept[::-1], used
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
@@ -121,9 +154,10 @@ class GraphBuilder:
             model: file of the graph. ``data``: file of the weights, in the same folder.
             metadata: the model's ``metadata_props``. ``doc``: its ``doc_string``.
         """
+        nodes, used = self._needed()
         tensors = []
         with create(data) as f:
-            for weight in self._weights.values():
+            for weight in (w for w in self._weights.values() if w.name in used):
                 array = np.asarray(weight.load(), weight.dtype, order="C")
                 if array.shape != weight.shape:
                     raise AssertionError(f"{weight.name} has shape {array.shape}, not {weight.shape}")
@@ -139,9 +173,10 @@ class GraphBuilder:
                     f.write(array.reshape(-1).view(np.uint8).data)
                 tensors.append(tensor)
         graph = helper.make_graph(
-            self._nodes, self.name, self.inputs, self.outputs, tensors, value_info=list(self._values.values())
-        )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+            nodes, self.name, self.inputs, self.outputs, tensors,
+            value_info=[value for name, value in self._values.items() if name in used],
+        )  # fmt: skip
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self.domains.items()]
         proto = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, doc_string=doc)
         proto.producer_name, proto.producer_version = "gptq-compile", __version__
         helper.set_model_props(proto, dict(metadata))

@@ -12,8 +12,8 @@ import torch
 
 import gptq_compile.onnx.attention_rules  # noqa: F401  registers its rules
 from gptq_compile.errors import PassError
-from gptq_compile.onnx import blocks as layout
 from gptq_compile.onnx.builder import MICROSOFT
+from gptq_compile.onnx.grid import Grid
 from gptq_compile.onnx.lowering import Lowering, aten, ops, rule
 from gptq_compile.passes.common import Node, is_call, is_node, number, shape
 from gptq_compile.passes.program import where
@@ -123,87 +123,61 @@ def _half(c: Lowering, table: str, width: int, interleaved: bool) -> str:
 
 @rule(ops.quant_linear.default)
 def _quant_linear(c: Lowering, node: Node, a: SimpleNamespace) -> str:
-    b, params = c.b, c.program.params
-    base = a.codes.meta["param"].removesuffix(".codes")
-    rows, columns = params.shape(a.codes.meta["param"])
+    params = c.program.params
+    codes, names = tensors_of(a)
+    rows, columns = params.shape(codes)
     g_idx = None if a.g_idx is None else params.get(a.g_idx.meta["param"]).numpy()
-    blocks = layout.arrange(columns, a.group_size, g_idx)
-    x = c.operand(a.x, f32)
-    if (gather := blocks.gather) is not None:
-        index = b.constant(gather, np.int64)
-        x = c.once(("gather", x, index), lambda: b.node("Gather", [x, index], axis=-1))
 
-    @functools.lru_cache(1)
-    def read() -> tuple[Any, Any, Any]:
-        codes, scales = (params.get(n.meta["param"]).numpy() for n in (a.codes, a.scales))
-        zeros = None if a.zeros is None else params.get(a.zeros.meta["param"]).numpy()
-        return layout.pack(blocks, a.bits, codes, scales, zeros)
+    def read() -> Any:
+        return tuple(None if name is None else params.get(name).numpy() for name in names)
 
-    weights = _matmul_weights(c, base, rows, blocks, a.bits, a.zeros is not None, read)
+    base = codes.removesuffix(".codes")
+    grid = Grid(base, rows, columns, a.bits, a.group_size, g_idx, a.zeros is not None, read)
     bias = "" if a.bias is None else c.operand(a.bias, f32)
-    out = _matmul_nbits(c, x, weights, bias, rows, len(blocks.columns), blocks.size, a.bits)
-    return c.cast(out, f32, node.meta["val"].dtype)
+    pieces = stretches(node, rows) if c.product.divides else []
+    made = c.product(c, c.operand(a.x, f32), grid, bias, [size for _, size in pieces] or [rows])
+    made = tuple(c.cast(out, f32, node.meta["val"].dtype) for out in made)
+    for (reader, size), out in zip(pieces, made, strict=False):
+        c.b.value(out, np.float32, (*c.shape(reader)[:-1], size))
+        c.divided[reader] = out
+    return made[0]
 
 
-def _matmul_weights(
-    c: Lowering, base: str, rows: int, blocks: layout.Blocks, bits: int, has_zeros: bool, read: Any
-) -> list[str]:
-    """``B``, ``scales`` and ``zero_points`` of one linear; ``read()`` packs them when they are written."""
-    count, field = len(blocks.groups), layout.field_bits(bits)
-
-    def part(i: int) -> Any:
-        made = read()[i]
-        if i == last:
-            read.cache_clear()
-        return made
-
-    shapes: list[tuple[tuple[int, ...], Any]] = [
-        ((rows, count, blocks.size * field // 8), np.uint8),
-        ((rows, count), np.float32),
-        ((rows, -(-count * field // 8)), np.uint8),
-    ]
-    names = ["codes", "scales", "zeros"][: 3 if layout.explicit_zeros(bits, has_zeros) else 2]
-    last = len(names) - 1
-    return [c.b.weight(f"{base}.{name}", *shapes[i], functools.partial(part, i)) for i, name in enumerate(names)]
+def tensors_of(a: SimpleNamespace) -> tuple[str, list[str | None]]:
+    """The name of a quantized linear's codes; and of codes, scales and, if there are any, zero points."""
+    return a.codes.meta["param"], [None if n is None else n.meta["param"] for n in (a.codes, a.scales, a.zeros)]
 
 
-def _matmul_nbits(
-    c: Lowering, x: str, weights: list[str], bias: str, rows: int, columns: int, size: int, bits: int
-) -> str:
-    inputs = [x, *weights, *[""] * (3 - len(weights)), "", bias]  # no g_idx: deprecated, and wrong with zero points
-    while not inputs[-1]:
-        inputs.pop()
-    return c.b.node(
-        "MatMulNBits", inputs, domain=MICROSOFT, K=columns, N=rows, bits=layout.field_bits(bits), block_size=size,
-        accuracy_level=c.accuracy_level or None,
-    )  # fmt: skip
+def stretches(node: Node, rows: int) -> list[tuple[Node, int]]:
+    """The slices of features, side by side, that are all that reads a linear, in order with their sizes; else none."""
+    found = []
+    for user in node.users:
+        if not is_call(user, aten.slice.Tensor) or len(user.args) != 4 or user.args[1] != len(shape(node)) - 1:
+            return []
+        found.append((user.args[2], user.args[3], user))
+    found.sort(key=lambda piece: piece[0])
+    edges = [0, *(stop for _, stop, _ in found)]
+    together = len(found) > 1 and edges[-1] == rows and all(f[0] == e for f, e in zip(found, edges, strict=False))
+    return [(user, stop - start) for start, stop, user in found] if together else []
 
 
 @rule(ops.quant_expert_linear.default)
 def _quant_expert_linear(c: Lowering, node: Node, a: SimpleNamespace) -> str:
     """Each expert on the rows routed to it; experts without rows multiply nothing."""
     b, params = c.b, c.program.params
-    base = a.codes.meta["param"].removesuffix(".codes")
-    experts, rows, columns = params.shape(a.codes.meta["param"])
-    blocks = layout.arrange(columns, a.group_size, None)
-
-    def one(e: int) -> Any:
-        @functools.lru_cache(1)
-        def read() -> tuple[Any, Any, Any]:
-            codes, scales = (params.get(n.meta["param"])[e].numpy() for n in (a.codes, a.scales))
-            zeros = None if a.zeros is None else params.get(a.zeros.meta["param"])[e].numpy()
-            return layout.pack(blocks, a.bits, codes, scales, zeros)
-
-        return read
-
+    codes, names = tensors_of(a)
+    base = codes.removesuffix(".codes")
+    experts, rows, columns = params.shape(codes)
     x = c.reshape(c.operand(a.x, f32), -1, columns)
-    if (gather := blocks.gather) is not None:
-        x = b.node("Gather", [x, b.constant(gather, np.int64)], axis=-1)
+
+    def read(e: int) -> Any:
+        return tuple(None if name is None else params.get(name)[e].numpy() for name in names)
 
     def multiply(e: int, chosen: str) -> str:
-        weights = _matmul_weights(c, f"{base}.{e}", rows, blocks, a.bits, a.zeros is not None, one(e))
         bias = "" if a.bias is None else b.node("Gather", [c.operand(a.bias, f32), b.constant(e, np.int64)], axis=0)
-        out = _matmul_nbits(c, chosen, weights, bias, rows, len(blocks.columns), blocks.size, a.bits)
+        part = functools.partial(read, e)
+        grid = Grid(f"{base}.{e}", rows, columns, a.bits, a.group_size, None, a.zeros is not None, part)
+        (out,) = c.product(c, chosen, grid, bias, [rows])
         b.value(out, np.float32, (f"rows_of_{out}", rows))  # one name for all would let buffers be shared
         return out
 

@@ -12,8 +12,8 @@ from gptq_compile.onnx.lowering import Lowering
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "min_length", "num_beams")
 
 
-def genai_config(source: ModelSource, lowering: Lowering, model_file: str) -> bytes | None:
-    """The file's content, or None if the model is one that the loop cannot drive.
+def genai_config(source: ModelSource, lowering: Lowering, model_file: str, library: str | None = None) -> bytes | None:
+    """The file's content, or None if the model is one that the loop cannot drive; ``library`` has operators for it.
 
     The loop has one number of key/value heads and one head size for all layers. The model's type is the loop's general
     ``decoder``: what is special about a type is in the graph.
@@ -29,11 +29,14 @@ def genai_config(source: ModelSource, lowering: Lowering, model_file: str) -> by
     text = source.config.get_text_config()
     eos = source.eos_token_ids
     pad = getattr(text, "pad_token_id", None)
+    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if library is not None:
+        session["custom_ops_library"] = library
     model: dict[str, Any] = {
         "bos_token_id": source.bos_token_id,
         "context_length": source.context_length,
         "decoder": {
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "session_options": session,
             "filename": model_file,
             "head_size": head_size,
             "hidden_size": text.hidden_size,

@@ -18,6 +18,8 @@ import torch
 
 from gptq_compile.errors import PassError
 from gptq_compile.onnx.builder import GraphBuilder, element_type
+from gptq_compile.onnx.grid import Product
+from gptq_compile.onnx.matmulnbits import MatMulNBits
 from gptq_compile.passes.common import Node, is_node, is_tensor
 from gptq_compile.passes.program import Program, module_path, where
 
@@ -52,16 +54,18 @@ class Lowering:
 
     Attributes:
         b: the ONNX graph. ``layers``: of each attention so far, ``(kv_heads, head_dim, v_head_dim)``.
+        product: what multiplies by a quantized matrix. ``divided``: slices that are outputs of such products.
         shared_buffer: whether past and present may be one buffer, which generate loops use.
     """
 
-    def __init__(self, program: Program, accuracy_level: int = 0) -> None:
+    def __init__(self, program: Program, product: Product | None = None) -> None:
         self.program = program
-        self.accuracy_level = accuracy_level
+        self.product = product or MatMulNBits()
         self.b = GraphBuilder(program.info.name)
         self.layers: list[tuple[int, int, int]] = []
         self.heads: list[int] = []
         self.shared_buffer = True
+        self.divided: dict[Node, str] = {}
         self._values: dict[Node, Any] = {}
         self._shared: dict[Any, str] = {}
 

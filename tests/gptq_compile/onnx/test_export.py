@@ -20,6 +20,7 @@ from onnx import shape_inference
 
 from gptq_compile.cli.main import main
 from gptq_compile.errors import PassError
+from gptq_compile.onnx.export import LIBRARY
 from gptq_compile.onnx.lowering import RULES, Lowering
 from tests.onnx_check import OrtModel, quantized
 
@@ -118,4 +119,36 @@ def test_an_artifact_is_refused_with_the_way_out(tmp_path: pathlib.Path, capsys:
     (tmp_path / "compiled" / "manifest.json").write_text(json.dumps({"format": "gptq-compile"}))
     assert main(["export-onnx", str(tmp_path / "compiled"), "-o", str(tmp_path / "out")]) == 2
     assert "is a compiled model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_custom_operators_run_with_their_library(
+    exported: pathlib.Path, tiny_model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "custom"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["export-onnx", str(tiny_model), *OPTIONS, "--ops", "custom", "-o", str(out)]) == 0
+    config = json.loads((out / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == LIBRARY
+    custom, stock = OrtModel(out / "model.onnx", library=out / LIBRARY), OrtModel(exported / "model.onnx")
+    assert {p.key: p.value for p in custom.proto.metadata_props}["ops"] == "custom"
+    assert "QuantLinear" in custom.operators() and "MatMulNBits" not in custom.operators()
+    outputs = [len(node.output) for node in custom.proto.graph.node if node.op_type == "QuantLinear"]
+    assert sorted(outputs) == [1, 1, 1, 1, 2, 2, 3, 3]  # two layers: o and down; gate and up; q, k and v
+    ids = np.random.default_rng(0).integers(0, 200, (1, 9))
+    got, want = custom.logits(ids, [6, 1, 1, 1]), stock.logits(ids, [6, 1, 1, 1])
+    assert np.sum((got - want) ** 2) <= 1e-7 * np.sum(want**2)
+    words = sum(np.prod(t.dims) for t in custom.proto.graph.initializer if t.name.endswith(".qweight"))
+    attributes = [{a.name: a.i for a in n.attribute} for n in custom.proto.graph.node if n.op_type == "QuantLinear"]
+    assert 32 * words == 3 * sum(a["in_features"] * a["out_features"] for a in attributes)  # bits
+
+
+def test_custom_operators_need_a_compiler_before_anything_is_quantized(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["export-onnx", str(tiny_model), *OPTIONS[:-1], "--ops", "custom", "-o", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "No C compiler" in said.err and "quantizing" not in said.out
     assert not (tmp_path / "out").exists()
