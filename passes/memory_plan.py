@@ -16,7 +16,7 @@ import torch
 from gptq_compile.passes.common import Node
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.factor import HUGE, LARGE
-from gptq_compile.passes.gptq.hessian import GATHER, column_blocks
+from gptq_compile.passes.gptq.hessian import GATHER
 from gptq_compile.passes.gradients import stretches_of
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stage_runner import compute_dtype, params_of, sequences_per_call
@@ -260,11 +260,10 @@ class _Planner(ValueSizes):
         return sum(torch.Size(params.shape(n)).numel() * params.dtype(n).itemsize for n in names)
 
     def _hessian(self, features: int, experts: int) -> int:
-        """The sums, and what an addition holds besides: tokens gathered for tensor cores and the product of a block of
-        columns, or float32 copies."""
+        """The sums, and what an addition holds besides: tokens gathered for tensor cores, or float32 copies."""
         sums = 4 * features * features * experts
         if self.half and self.device.type == "cuda":
-            return sums + 2 * GATHER * features * experts + 4 * features * column_blocks(features)[0][1]
+            return sums + 2 * GATHER * features * experts
         return sums + 4 * self.tokens * features
 
     def _solve(self, rows: int, columns: int) -> tuple[int, int]:

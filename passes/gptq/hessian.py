@@ -227,13 +227,11 @@ class Hessian:
     def _multiply(self, z: Tensor) -> None:
         """Adds z^T z: for each block of columns, its product with all columns from its first on."""
         for a, b in self._blocks:
-            left, right = z[:, a:b].t(), z[:, a:]
-            # Added apart from the product: tensor cores cut off what is added to a large sum, so that the result would
-            # depend on how far the sum has come, and two processes' halves would not add up to one process's whole.
+            into = self._sum[a:b, a:]
             if z.is_cuda:
-                self._sum[a:b, a:] += torch.ops.aten.mm.dtype(left, right, torch.float32)
+                torch.ops.aten.addmm.dtype_out(into, z[:, a:b].t(), z[:, a:], torch.float32, out=into)
             else:
-                self._sum[a:b, a:].addmm_(left.float(), right.float())
+                into.addmm_(z[:, a:b].t().float(), z[:, a:].float())
         self._mirrored = len(self._blocks) == 1
 
     def _finish(self) -> None:
