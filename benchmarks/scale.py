@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, help="refuse to use more of the GPU (1e9 bytes)")
     parser.add_argument("--target", default="cuda:sm_90", help="whose layout weights are packed to")
     parser.add_argument("--setting", nargs="*", default=[], help="NAME=VALUE of QuantizeConfig, values in JSON")
+    parser.add_argument("--warm", action="store_true", help="quantize once before, so that all kernels are compiled")
     parser.add_argument("--save-codes", type=Path, help="file to keep all codes in")
     parser.add_argument("--compare-codes", type=Path, help="file with another run's codes to compare with")
     parser.add_argument("--out", type=Path, help="append the result as one JSON line")
@@ -137,6 +138,8 @@ def main() -> None:
     ids = torch.randint(0, vocabulary, (args.samples, args.tokens), generator=torch.Generator().manual_seed(0))
     config = QuantizeConfig(nsamples=args.samples, seqlen=args.tokens, **settings)
     limit = int(args.memory_gb * 1e9) if args.memory_gb else None
+    if args.warm:
+        GptqQuantize(config, ids, device, memory_limit=limit).run(program.clone())
     step = GptqQuantize(config, ids, device, memory_limit=limit)
     if device.type == "cuda":
         if args.memory_gb:
