@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models saved as Hugging Face folders."""
+"""Tiny models saved as Hugging Face folders, and the toy artifact of the runtime's tests."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +70,19 @@ def save_model() -> Callable[..., object]:
         return model
 
     return save
+
+
+@pytest.fixture(scope="session")
+def toy_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of ``tests/runtime/toy_model.py`` with a context of 512; do not change it."""
+    name = "gptq_compile_toy_model"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "runtime" / "toy_model.py")
+    assert spec is not None and spec.loader is not None
+    toy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = toy
+    spec.loader.exec_module(toy)
+    folder: Path = toy.write_artifact(tmp_path_factory.mktemp("toy") / "artifact")
+    manifest = toy.manifest()
+    manifest["model"]["context_length"] = 512
+    toy.write_manifest(folder, manifest)
+    return folder

@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server on loopback over the toy model of the runtime's tests, with a longer context."""
+"""A server on loopback over the toy model."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from gptq_compile.runtime.engine import Engine
-
-CONTEXT = 512
 
 
 @dataclass
@@ -31,26 +26,9 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def toy() -> ModuleType:
-    """The module ``toy_model`` of the runtime's tests."""
-    name = "gptq_compile_toy_model"
-    path = pathlib.Path(__file__).parents[2] / "runtime" / "toy_model.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def artifact(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The toy artifact with a context of 512; do not change it."""
-    folder = toy.write_artifact(tmp_path_factory.mktemp("toy") / "artifact")
-    manifest = toy.manifest()
-    manifest["model"]["context_length"] = CONTEXT
-    toy.write_manifest(folder, manifest)
-    return folder
+def artifact(toy_artifact: pathlib.Path) -> pathlib.Path:
+    """The toy artifact; do not change it."""
+    return toy_artifact
 
 
 @pytest.fixture(scope="session")
