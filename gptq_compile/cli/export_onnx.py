@@ -15,7 +15,6 @@ from gptq_compile.errors import ConfigError
 _EPILOG = """\
 examples:
   gptq-compile export-onnx HuggingFaceTB/SmolLM2-135M-Instruct --wbits 4 -o smollm2-onnx
-  gptq-compile export-onnx ./model --wbits 4 --ops custom -o model-onnx
   gptq-compile export-onnx ./model --wbits 3 --group-size 64 --calibration text.jsonl -o model-onnx
 """
 
@@ -23,19 +22,12 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     from gptq_compile.artifact.writer import is_artifact
-    from gptq_compile.workdir.folder import holds_work
 
     arguments = parser().parse_args(argv)
     if is_artifact(Path(arguments.model)):
         raise ConfigError(
             f"{arguments.model} is a compiled model, which no longer has the graph; export the model it was made from "
-            "(`gptq-compile inspect` names it) with the same settings. What was solved in a run with --work-dir DIR is "
-            "taken over with --work-dir DIR --resume."
-        )
-    if holds_work(Path(arguments.model)):
-        raise ConfigError(
-            f"{arguments.model} is a work folder: it has the solves of a run, not the model. Export the model with the "
-            f"settings of that run and --work-dir {arguments.model} --resume; nothing that is finished is solved again."
+            "(`gptq-compile inspect` names it) with the same settings."
         )
     arguments.format, arguments.target = "onnx", "cpu"  # quantization is the same for every target
     options = compiling.to_options(arguments)
@@ -52,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         prog="gptq-compile export-onnx",
         usage="gptq-compile export-onnx MODEL -o DIR [--wbits 2|3|4|8] [options]",
         description="Quantizes a model and writes it as ONNX: model.onnx with its weights beside it,\n"
-        "genai_config.json and the tokenizer, for onnxruntime and onnxruntime-genai.",
+        "genai_config.json and the tokenizer, for onnxruntime and onnxruntime-genai. Nothing is compiled.",
         epilog=_EPILOG,
         argument_default=argparse.SUPPRESS,
     )

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sha256.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -8,6 +13,8 @@
 namespace gptq_compile::detail {
 
 namespace {
+
+using State = std::array<std::uint32_t, 8>;
 
 // Fractional parts of the cube roots of the first 64 primes (FIPS 180-4, section 4.2.2).
 constexpr std::uint32_t kRound[64] = {
@@ -22,7 +29,7 @@ constexpr std::uint32_t kRound[64] = {
 
 std::uint32_t rotate(std::uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-void compress(std::array<std::uint32_t, 8>& state, const unsigned char* block) {
+void compress_portable(State& state, const unsigned char* block) {
   std::uint32_t w[64];
   for (int t = 0; t < 16; ++t)
     w[t] = static_cast<std::uint32_t>(block[4 * t]) << 24 | static_cast<std::uint32_t>(block[4 * t + 1]) << 16 |
@@ -43,11 +50,52 @@ void compress(std::array<std::uint32_t, 8>& state, const unsigned char* block) {
   for (std::size_t i = 0; i < 8; ++i) state[i] += add[i];
 }
 
+#if defined(__x86_64__)
+// The same with the processor's own instructions (Intel SDM, SHA256RNDS2, SHA256MSG1, SHA256MSG2), several times as fast.
+__attribute__((target("sha,sse4.1,ssse3"))) void compress_native(State& state, const unsigned char* block) {
+  const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);  // words are big-endian in the text
+  // The instructions want the state as (a, b, e, f) and (c, d, g, h), high to low.
+  const __m128i dcba = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state.data()));
+  const __m128i hgfe = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state.data() + 4));
+  const __m128i cdab = _mm_shuffle_epi32(dcba, 0xB1), efgh = _mm_shuffle_epi32(hgfe, 0x1B);
+  const __m128i abef_before = _mm_alignr_epi8(cdab, efgh, 8), cdgh_before = _mm_blend_epi16(efgh, cdab, 0xF0);
+  __m128i abef = abef_before, cdgh = cdgh_before, w[16];
+  for (int i = 0; i < 16; ++i) {
+    if (i < 4) {
+      w[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16 * i)), swap);
+    } else {
+      const __m128i sum =
+          _mm_add_epi32(_mm_sha256msg1_epu32(w[i - 4], w[i - 3]), _mm_alignr_epi8(w[i - 1], w[i - 2], 4));
+      w[i] = _mm_sha256msg2_epu32(sum, w[i - 1]);
+    }
+    const __m128i words = _mm_add_epi32(w[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(kRound + 4 * i)));
+    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, words);
+    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(words, 0x0E));
+  }
+  abef = _mm_add_epi32(abef, abef_before);
+  cdgh = _mm_add_epi32(cdgh, cdgh_before);
+  const __m128i feba = _mm_shuffle_epi32(abef, 0x1B), dchg = _mm_shuffle_epi32(cdgh, 0xB1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(state.data()), _mm_blend_epi16(feba, dchg, 0xF0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(state.data() + 4), _mm_alignr_epi8(dchg, feba, 8));
+}
+
+bool has_native() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & bit_SSE4_1) == 0 || (c & bit_SSSE3) == 0) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b & bit_SHA) != 0;
+}
+#endif
+
 }  // namespace
 
-std::string sha256(const unsigned char* data, std::size_t size) {
-  std::array<std::uint32_t, 8> state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+std::string sha256(const unsigned char* data, std::size_t size, bool portable) {
+  auto compress = compress_portable;
+#if defined(__x86_64__)
+  static const bool native = has_native();
+  if (native && !portable) compress = compress_native;
+#endif
+  static_cast<void>(portable);
+  State state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   std::size_t at = 0;
   for (; size - at >= 64; at += 64) compress(state, data + at);
   // The rest, a one bit, zeros, and the length in bits: one block or two.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what the Python engine generates, for check_cpp.sh: options, prompt ids and expected ids, one case a line."""
+"""Writes what the Python engine generates, for check_cpp.sh: one case a line, options, prompt, result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,12 @@ def main() -> None:
                 made = engine.generate(ids, arguments.tokens, **settings, return_dict_in_generate=True).token_ids
                 lines.append(f"{options}|{','.join(map(str, ids))}|{' '.join(map(str, made))}")
         for text in PROMPTS:
-            lines.append(f"text|{text}|{engine.generate(text, arguments.tokens)}".replace("\n", "\\n"))
+            # In hexadecimal, with the newline that the example prints at the end.
+            lines.append(f"text|{text}|{(str(engine.generate(text, arguments.tokens)) + chr(10)).encode().hex()}")
+        settings = {"max_new_tokens": 200, "eos_token_id": [], "return_dict_in_generate": True}
+        print(
+            f"Python: {engine.generate('A compiler is', **settings).tokens_per_second:.1f} tokens/s on {engine.device}"
+        )
     arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

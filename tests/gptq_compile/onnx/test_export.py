@@ -22,7 +22,6 @@ from gptq_compile.cli.main import main
 from gptq_compile.errors import PassError
 from gptq_compile.onnx.export import LIBRARY
 from gptq_compile.onnx.lowering import RULES, Lowering
-from gptq_compile.workdir.folder import WorkFolder
 from tests.onnx_check import OrtModel, quantized
 
 OPTIONS = ["--wbits", "3", "--group-size", "32", "--method", "rtn", "--json"]
@@ -153,11 +152,3 @@ def test_custom_operators_need_a_compiler_before_anything_is_quantized(
     said = capsys.readouterr()
     assert "No C compiler" in said.err and "quantizing" not in said.out
     assert not (tmp_path / "out").exists()
-
-
-def test_a_work_folder_is_refused_with_the_way_out(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with WorkFolder(tmp_path / "work") as work:
-        work.depend("settings", {"wbits": 4})
-    assert main(["export-onnx", str(tmp_path / "work"), "-o", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "is a work folder" in said and "--resume" in said

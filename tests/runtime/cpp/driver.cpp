@@ -132,9 +132,9 @@ class Driver {
       return out.empty() ? "-" : out;
     }
     if (command == "sha256") {
-      words >> a;
+      words >> a >> b;
       const std::string bytes = unhex(a);
-      return detail::sha256(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size());
+      return detail::sha256(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size(), b == "1");
     }
     if (command == "json") {
       words >> a;

@@ -26,6 +26,13 @@ CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*+[\r\n]|\s+(?!\S)|\s+"
 )
 
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    + TAIL,
+)
+
 
 def split(pattern: str, behavior: str = "isolated", invert: bool = False) -> Any:
     return pre_tokenizers.Split(Regex(pattern), behavior, invert)
@@ -46,6 +53,7 @@ KINDS: dict[str, tuple[Any, Any, bool]] = {
     "qwen": (normalizers.Sequence([NFC]), pre_tokenizers.Sequence([split(QWEN), byte_level(False)]), False),
     "o200k": (NFC, pre_tokenizers.Sequence([split(O200K), byte_level(False)]), True),
     "cl100k": (None, pre_tokenizers.Sequence([split(CL100K, "removed", True), byte_level(False)]), False),
+    "deepseek": (None, pre_tokenizers.Sequence([*map(split, DEEPSEEK), byte_level(False)]), False),
     "words": (None, pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), byte_level(False)]), False),
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<mask>", "<r>", "<tool>", "<|im", "\n\n\n"]
@@ -222,4 +230,5 @@ def test_json_and_hashes(driver: Any) -> None:
     assert driver("json", b'"\xff"').startswith("error: the text is not valid JSON: ")
     for size in [*range(0, 200, 7), 55, 56, 63, 64, 65, 119, 120, 128]:
         data = random.Random(size).randbytes(size)
-        assert driver("sha256", data) == hashlib.sha256(data).hexdigest()
+        for portable in (False, True):
+            assert driver("sha256", data, portable) == hashlib.sha256(data).hexdigest()
