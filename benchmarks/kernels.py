@@ -96,8 +96,8 @@ def divisions(shape: Any, archs: tuple[str, ...]) -> list[Any]:
     limit = min(stream.SHARED_BYTES[int(arch[3:5])] for arch in archs) - stream.RESERVED
     found: list[Any] = []
     for tiles, splits, height in (
-        (1, 16, 1), (2, 8, 1), (3, 8, 1), (4, 4, 1), (8, 2, 1), (2, 12, 1), (6, 4, 1), (12, 2, 1), (2, 16, 1),
-        (1, 16, 2), (2, 8, 2), (4, 4, 2), (8, 2, 2), (6, 4, 2), (4, 6, 2), (2, 4, 4),
+        (1, 16, 1), (2, 8, 1), (3, 5, 1), (4, 4, 1), (8, 2, 1), (7, 2, 1), (14, 1, 1), (12, 2, 1), (2, 16, 1),
+        (1, 16, 2), (2, 8, 2), (4, 4, 2), (8, 2, 2), (7, 2, 2), (6, 4, 2), (4, 6, 2), (2, 4, 4), (4, 4, 4),
     ):  # fmt: skip
         configs = [stream.Config(tiles, splits, height, depth) for depth in (6, 5, 4, 3)]
         fitting = [config for config in configs if stream.shared_bytes(shape, config) <= limit]

@@ -41,6 +41,7 @@ KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
         "gptq_compile.kernels.cuda.quant_linear",
         "gptq_compile.kernels.cuda.linear",
         "gptq_compile.kernels.cuda.decode_attention",
+        "gptq_compile.kernels.cuda.prefill_attention",
         "gptq_compile.kernels.cuda.attention",
         "gptq_compile.kernels.cuda.norms",
         "gptq_compile.kernels.cuda.rotary",

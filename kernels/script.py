@@ -42,9 +42,9 @@ class Function:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def symbol(self) -> Expr:
+    def symbol(self, name: str = "") -> Expr:
         """Returns a symbolic int64 dimension."""
-        return script().int64()
+        return tvm.tirx.Var(name, "int64") if name else script().int64()
 
     def tensor(self, name: str, shape: Sequence[Expr], dtype: str) -> Any:
         """Adds a tensor parameter; parameters keep the order of these calls."""

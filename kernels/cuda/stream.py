@@ -122,7 +122,7 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
     height = 2 if (many and shape.grouping.bits < 8) or shape.rows > 8 else 1
     supers = -(-shape.row_tiles // height)
     most = 8 if many and height == 2 and shape.grouping.bits == 4 else 4
-    tiles = next(t for t in (1, 2, 4, 8) if supers <= t * BLOCKS or t == most)
+    tiles = min(-(-supers // BLOCKS), most)
     splits = 16 // tiles
     while splits > shape.units:
         splits //= 2
@@ -300,10 +300,17 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       stage(finish(held[i], before_held[i], statistics_of, j), j, staged, sums);
     }
   } else {
-    for (int i = 0; i < HELD; ++i) {
-      const int j = i * THREADS + threadIdx.x;
-      take(held[0], origin, j);
-      stage(finish(held[0], before_held[0], statistics_of, j), j, staged, sums);
+    // As many loads at once as there is room for: each turn takes as long as one of them.
+#pragma unroll 1
+    for (int first = 0; first < HELD; first += MOST_HELD) {
+      Held some[MOST_HELD];
+#pragma unroll
+      for (int i = 0; i < MOST_HELD; ++i) take(some[i], origin, (first + i) * THREADS + threadIdx.x);
+#pragma unroll
+      for (int i = 0; i < MOST_HELD; ++i) {
+        const int j = (first + i) * THREADS + threadIdx.x;
+        stage(finish(some[i], before_held[0], statistics_of, j), j, staged, sums);
+      }
     }
   }
   __syncthreads();

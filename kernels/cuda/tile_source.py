@@ -29,6 +29,23 @@ __device__ __forceinline__ void gq_copy16(void* to, const void* from) {
   unsigned address = (unsigned)__cvta_generic_to_shared(to);
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+// Sixteen bytes as by gq_copy16, or sixteen zero bytes; `from` must be an address either way.
+__device__ __forceinline__ void gq_copy16_or_zero(void* to, const void* from, bool wanted) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(address), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+}
+// Four 8 x 8 matrices of halves from shared memory: lane i names row i % 8 of matrix i / 8 (ldmatrix of the PTX manual).
+__device__ __forceinline__ void gq_matrices(unsigned* d, const void* row) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void gq_matrices_turned(unsigned* d, const void* row) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
 __device__ __forceinline__ void gq_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
 __device__ __forceinline__ void gq_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }

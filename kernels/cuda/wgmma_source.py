@@ -13,11 +13,6 @@ TOKENS = (8, 16, 32, 64, 128, 256)
 
 _HELPERS = """
 __device__ __forceinline__ unsigned gq_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-// Sixteen bytes as by gq_copy16, or sixteen zero bytes; `from` must be an address either way.
-__device__ __forceinline__ void gq_copy16_or_zero(void* to, const void* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-               ::"r"(gq_shared(to)), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-}
 // Four floats that another block of the cluster has where this one has p.
 __device__ __forceinline__ float4 gq_remote4(const float* p, int rank) {
   float4 v;

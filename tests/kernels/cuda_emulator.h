@@ -213,6 +213,26 @@ static void gq_mma4(float* d, const unsigned* a, unsigned b0, unsigned b1) {
   emu_mma({d, d, d + 4}, a[0], a[1], a[2], a[3], b0, b1);
 }
 
+// ldmatrix: register j of lane (g, c) holds the halves 2c and 2c + 1 of row g of matrix j, or of its column g.
+static const char* emu_rows[128][32];
+static void emu_matrices(unsigned* d, const void* row, bool turned) {
+  int warp = emu_current / 32, lane = emu_current % 32, g = lane / 4, c = lane % 4;
+  if (uintptr_t(row) % 16) emu_fail("a row of a matrix is misaligned in shared memory");
+  emu_rows[warp][lane] = reinterpret_cast<const char*>(row);
+  emu_warp_wait();
+  for (int j = 0; j < 4; ++j) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const char* at = emu_rows[warp][j * 8 + (turned ? 2 * c + e : g)];
+      memcpy(&pair[e], at + 2 * (turned ? g : 2 * c + e), 2);
+    }
+    d[j] = pair[0] | unsigned(pair[1]) << 16;
+  }
+  emu_warp_wait();
+}
+static void gq_matrices(unsigned* d, const void* row) { emu_matrices(d, row, false); }
+static void gq_matrices_turned(unsigned* d, const void* row) { emu_matrices(d, row, true); }
+
 // What wgmma_source.HOPPER says in assembly. Products are made at once.
 #define GQ_HOPPER
 struct __attribute__((aligned(16))) float4 { float x, y, z, w; };

@@ -55,8 +55,18 @@ def cuda_source(func: Any, target: Target) -> str:
     return found[0]
 
 
-def _extents(func: Any, rows: int) -> dict[str, int]:
-    """Returns thread tag -> extent, with every symbolic dimension set to `rows`."""
+def _dimensions(func: Any, tensors: dict[str, np.ndarray], rows: int) -> dict[str, int]:
+    """Returns name -> value of every symbolic dimension: `rows` where it has no name of its own, else its tensor's."""
+    found: dict[str, int] = {}
+    for tensor in func.params:
+        for dim, size in zip(tensor.shape, tensors[tensor.name.removesuffix("_ptr")].shape, strict=True):
+            if isinstance(dim, tvm.tirx.Var):
+                found[str(dim)] = rows if dim.name in ("", "v") else size
+    return found
+
+
+def _extents(func: Any, dims: dict[str, int]) -> dict[str, int]:
+    """Returns thread tag -> extent."""
     found: dict[str, Any] = {}
 
     def visit(node: Any) -> None:
@@ -64,7 +74,6 @@ def _extents(func: Any, rows: int) -> dict[str, int]:
             found[node.node.thread_tag] = node.value
 
     tvm_ffi.structural_walk(func.body, (tvm.tirx.AttrStmt, visit), order="post")
-    dims = {str(dim): rows for tensor in func.params for dim in tensor.shape if isinstance(dim, tvm.tirx.Var)}
     printed = types.SimpleNamespace(int32=int, int64=int, Cast=lambda dtype, value: value)
     return {tag: int(eval(str(value), {"T": printed, **dims})) for tag, value in found.items()}
 
@@ -84,7 +93,8 @@ def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, fo
     helpers = "".join(re.findall(r"^__device__ __forceinline__ .*?^}\n", source, re.DOTALL | re.MULTILINE))
     kernel = source[source.rindex('extern "C" __global__') :]
     kernel = _LOCAL_ARRAY.sub(_checked_array, kernel)
-    extent = _extents(func, rows)
+    dims = _dimensions(func, tensors, rows)
+    extent = _extents(func, dims)
     cluster = extent.get("clusterCtaIdx.x", 1)
     dynamic = _DYNAMIC_BYTES.search(func.script())
     if dynamic:
@@ -108,7 +118,7 @@ def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, fo
             sizes.append(tensor.nbytes)
         else:
             arguments.append(f"({kind}) (int64_t) emu_arguments[{i}]")
-            values.append(rows)
+            values.append(dims.get(parameter_name, rows))
             sizes.append(0)
     entry = f"""
 static void** emu_arguments;
