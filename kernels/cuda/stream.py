@@ -37,12 +37,14 @@ class Config:
         splits: S, warps that share a tile's K.
         height: R, 16-row tiles a warp multiplies with the same activations.
         depth: D, slots of a warp's ring.
+        units: U, units of 128 k that a warp takes in one turn: more of them cost fewer instructions each.
     """
 
     tiles: int
     splits: int
     height: int
     depth: int
+    units: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,14 @@ class Shape:
 
 
 def slot_bytes(shape: Shape, config: Config) -> int:
-    """Returns the bytes of one ring slot: weights, scales and zero points of a unit."""
+    """Returns the bytes of one ring slot: weights, scales and zero points of a turn."""
     runs = UNIT // shape.run
-    return config.height * (shape.grouping.bits * 256 + runs * (48 if shape.has_zeros else 32))
+    return config.height * config.units * (shape.grouping.bits * 256 + runs * (48 if shape.has_zeros else 32))
+
+
+def staged_units(shape: Shape, config: Config) -> int:
+    """Returns the units of activations in shared memory: those of whole turns, zeros at the end."""
+    return -(-shape.units // config.units) * config.units
 
 
 def shared_bytes(shape: Shape, config: Config) -> int:
@@ -88,9 +95,10 @@ def shared_bytes(shape: Shape, config: Config) -> int:
     warps = config.tiles * config.splits
     runs = UNIT // shape.run
     columns = _columns(shape.rows)
+    units = staged_units(shape, config)
     ring = warps * config.depth * slot_bytes(shape, config)
-    x = shape.rows * (shape.units * UNIT + 32) * 2
-    sums = shape.rows * shape.units * runs * 4
+    x = shape.rows * (units * UNIT + 32) * 2
+    sums = shape.rows * units * runs * 4
     partial = 2 * warps * config.height * 16 * columns * 4 if config.splits > 1 else 0
     return ring + x + -(-sums // 16) * 16 + _scratch(shape, config) + partial
 
@@ -103,7 +111,7 @@ def _scratch(shape: Shape, config: Config) -> int:
 
 def held(shape: Shape, config: Config) -> int:
     """Returns the pieces of eight activations that a thread stages."""
-    return -(-shape.rows * shape.units * 16 // (32 * config.tiles * config.splits))
+    return -(-shape.rows * staged_units(shape, config) * 16 // (32 * config.tiles * config.splits))
 
 
 def _columns(rows: int) -> int:
@@ -163,6 +171,7 @@ def source(
         "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
         "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run,
         "TILES": shape.row_tiles, "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
+        "STAGED": staged_units(shape, config), "U": config.units,
         "T": config.tiles, "S": config.splits, "R": config.height, "D": config.depth,
         "SLOT": slot_bytes(shape, config), "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape.rows),
         "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
@@ -209,14 +218,14 @@ _STORE_NATURAL = """  // What a lane multiplies by two steps, the same word of f
 """
 
 _BODY = """
-constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = UNITS * 128 + 32;
-constexpr int ACCUMULATORS = RUN == 32 ? 4 : 2;
+constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = STAGED * 128 + 32;
+constexpr int ACCUMULATORS = RUN == 32 ? 4 : RUN == 64 || U == 1 ? 2 : 1;
 constexpr bool ONE = M == 1, HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
 constexpr int SUPERS = (TILES + R - 1) / R;
-constexpr int PIECES = UNITS * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
-constexpr int SCALE_AT = R * BITS * 256, ZERO_AT = SCALE_AT + R * RUNS * 32;
+constexpr int PIECES = STAGED * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
+constexpr int TURN = U * BITS * 256, GRIDS = R * U * RUNS, SCALE_AT = R * TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
 constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + M * STRIDE * 2;
-constexpr int SCRATCH_AT = SUMS_AT + (M * UNITS * RUNS * 4 + 15) / 16 * 16, PARTIAL_AT = SCRATCH_AT + SCRATCH;
+constexpr int SCRATCH_AT = SUMS_AT + (M * STAGED * RUNS * 4 + 15) / 16 * 16, PARTIAL_AT = SCRATCH_AT + SCRATCH;
 
 @INPUT@
 // Stages sixteen bytes of x and adds up the codes of a run across the lanes that hold it.
@@ -228,7 +237,7 @@ __device__ __forceinline__ void stage(uint4 v, int j, half* staged, float* sums)
 #pragma unroll
   for (int offset = RUN / 16; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
   if (j >= M * PIECES) return;
-@STORE@  if (j % (RUN / 8) == 0) sums[j / PIECES * UNITS * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
+@STORE@  if (j % (RUN / 8) == 0) sums[j / PIECES * STAGED * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
 }
 
 __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, const half* __restrict__ scales,
@@ -257,29 +266,49 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
     }
   }
 
-  int next = blockIdx.x + blocks * part, unit = split, slot = 0;
+  int next = blockIdx.x + blocks * part, unit = split * U, slot = 0;
+  // Where this lane's pieces begin: of the weights, and of the scales (lanes 0-15) or zero points of the tiles.
+  constexpr int GRID_TURNS = (2 * GRIDS + 15) / 16;
+  const char *from[R], *grid[GRID_TURNS];
+  const bool is_zero = HAS_ZEROS && lane >= 16;
+  auto aim = [&]() {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const long long tile = TILES % R && next * R + r >= TILES ? TILES - 1 : next * R + r;
+      from[r] = reinterpret_cast<const char*>(q) + tile * (CHUNKS * BITS * 128) + unit * (BITS * 256) + lane * 16;
+    }
+#pragma unroll
+    for (int i = 0; i < GRID_TURNS; ++i) {
+      const int mine = is_zero ? i * 16 + lane - 16 : i * 8 + lane % 16 / 2, r = mine / (U * RUNS);
+      const long long tile = TILES % R && next * R + r >= TILES ? TILES - 1 : next * R + (r < R ? r : 0);
+      grid[i] = is_zero ? reinterpret_cast<const char*>(zero_points) + tile * (GROUPS * 16)
+                        : reinterpret_cast<const char*>(scales) + tile * (GROUPS * 32) + lane % 2 * 16;
+    }
+  };
+  aim();
   auto fetch = [&]() {
     if (next < SUPERS) {
       unsigned char* to = ring + slot * SLOT;
-      const int bytes = CHUNKS % 2 && unit == UNITS - 1 ? BITS * 128 : BITS * 256;
+      constexpr bool WHOLE = CHUNKS % (2 * U) == 0 && TURN % 512 == 0;
+      const int left = WHOLE ? TURN : min((CHUNKS - 2 * unit) * (BITS * 128), TURN);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const long long tile = TILES % R && next * R + r >= TILES ? TILES - 1 : next * R + r;
-        const char* from = reinterpret_cast<const char*>(q) + tile * (CHUNKS * BITS * 128) + unit * (BITS * 256);
 #pragma unroll
-        for (int at = 0; at < BITS * 256; at += 512) {
-          const int mine = at + lane * 16;
-          if ((CHUNKS % 2 == 0 && BITS != 3) || mine < bytes) gq_copy16(to + r * BITS * 256 + mine, from + mine);
-        }
-        const int first = unit * 128 + (lane < 16 ? lane / 2 : lane - 16) * RUN;
-        const int group = GROUPS == 1 ? 0 : first / GROUP < GROUPS ? first / GROUP : GROUPS - 1;
-        if (lane < 2 * RUNS)
-          gq_copy16(to + SCALE_AT + r * RUNS * 32 + lane * 16, scales + (tile * GROUPS + group) * 16 + lane % 2 * 8);
-        if (HAS_ZEROS && lane >= 16 && lane < 16 + RUNS)
-          gq_copy16(to + ZERO_AT + (r * RUNS + lane - 16) * 16, zero_points + (tile * GROUPS + group) * 16);
+        for (int at = 0; at < TURN; at += 512)
+          if (WHOLE || at + lane * 16 < left) gq_copy16(to + r * TURN + at + lane * 16, from[r] + at);
+        from[r] += S * TURN;
       }
-      unit += S;
-      if (unit >= UNITS) { unit = split; next += blocks * T; }
+#pragma unroll
+      for (int i = 0; i < GRID_TURNS; ++i) {
+        const int mine = is_zero ? i * 16 + lane - 16 : i * 8 + lane % 16 / 2;
+        const int first = unit * 128 + mine % (U * RUNS) * RUN;
+        const int group = GROUPS == 1 ? 0 : first / GROUP < GROUPS ? first / GROUP : GROUPS - 1;
+        if (mine < GRIDS && (HAS_ZEROS || lane < 16))
+          gq_copy16(to + (is_zero ? ZERO_AT + mine * 16 : SCALE_AT + i * 256 + lane * 16),
+                    grid[i] + group * (is_zero ? 16 : 32));
+      }
+      unit += S * U;
+      if (unit >= UNITS) { unit = split * U; next += blocks * T; aim(); }
     }
     gq_commit();
     slot = slot + 1 == D ? 0 : slot + 1;
@@ -323,7 +352,7 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = t * 8 + 2 * c + i < M ? t * 8 + 2 * c + i : M - 1;
-      row_sums[2 * t + i] = sums + column * UNITS * RUNS;
+      row_sums[2 * t + i] = sums + column * STAGED * RUNS;
     }
   }
 
@@ -332,75 +361,83 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
   for (int super = blockIdx.x + blocks * part; super < SUPERS; super += blocks * T) {
     float total[R][NT][4] = {};
 #pragma unroll 1
-    for (int u = split; u < UNITS; u += S) {
+    for (int u = split * U; u < UNITS; u += S * U) {
       gq_wait<D - 2>();
       __syncwarp();
       const unsigned char* data = ring + use * SLOT;
       use = use + 1 == D ? 0 : use + 1;
-      unsigned words[2][R][BITS], scale[R][RUNS], zero[R][HAS_ZEROS ? RUNS : 1];
+      unsigned words[U][2][R][BITS], scale[R][U * RUNS], zero[R][HAS_ZEROS ? U * RUNS : 1];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          gq_words<BITS, true>(words[h][r], reinterpret_cast<const unsigned*>(data + (2 * r + h) * BITS * 128), lane);
+        for (int h = 0; h < 2 * U; ++h)
+          gq_words<BITS, true>(words[h / 2][h % 2][r],
+                               reinterpret_cast<const unsigned*>(data + r * TURN + h * BITS * 128), lane);
 #pragma unroll
-        for (int run = 0; run < RUNS; ++run) {
-          scale[r][run] = *reinterpret_cast<const unsigned*>(data + SCALE_AT + (r * RUNS + run) * 32 + g * 4);
+        for (int run = 0; run < U * RUNS; ++run) {
+          const int at = r * U * RUNS + run;
+          scale[r][run] = *reinterpret_cast<const unsigned*>(data + SCALE_AT + at * 32 + g * 4);
           if constexpr (HAS_ZEROS)
-            zero[r][run] = *reinterpret_cast<const unsigned short*>(data + ZERO_AT + (r * RUNS + run) * 16 + g * 2);
+            zero[r][run] = *reinterpret_cast<const unsigned short*>(data + ZERO_AT + at * 16 + g * 2);
         }
       }
       // Into the slot of the turn before, which every lane has read before the barrier above.
       fetch();
 
-      unsigned b[NT][2][8];
 #pragma unroll
-      for (int t = 0; t < NT; ++t)
+      for (int y = 0; y < U; ++y) {
+        unsigned b[NT][2][8];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint4 v = *reinterpret_cast<const uint4*>(rows[t] + u * 128 + i * 32);
-          unsigned* to = &b[t][i / 2][i % 2 * 4];
-          to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
-        }
-      float sum[ACCUMULATORS][R][NT][SETS][4] = {};
-      unsigned a[2][R][4][4];
+        for (int t = 0; t < NT; ++t)
 #pragma unroll
-      for (int step = 0; step < 4; ++step)
+          for (int i = 0; i < 4; ++i) {
+            uint4 v = *reinterpret_cast<const uint4*>(rows[t] + (u + y) * 128 + i * 32);
+            unsigned* to = &b[t][i / 2][i % 2 * 4];
+            to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
+          }
+        float sum[ACCUMULATORS][R][NT][SETS][4] = {};
+        unsigned a[2][R][4][4];
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
+        for (int step = 0; step < 4; ++step)
 #pragma unroll
-          for (int r = 0; r < R; ++r) {
-            if (step == 0) @FRAGMENTS@(a[h][r], words[h][r]);
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+              if (step == 0) @FRAGMENTS@(a[h][r], words[y][h][r]);
+#pragma unroll
+              for (int t = 0; t < NT; ++t)
+                gq_mma4(sum[RUN == 32 ? 2 * h + step / 2 : h % ACCUMULATORS][r][t][SETS == 2 ? step % 2 : 0],
+                        a[h][r][step], b[t][h][2 * step], b[t][h][2 * step + 1]);
+            }
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int run = 0; run < RUNS; ++run) {
+            const float2 factor = gq_floats(scale[r][y * RUNS + run]);
+            // Everything but the scale is in units of 2^-LOW and 2^-HIGH.
+            const unsigned pair = HAS_ZEROS ? zero[r][HAS_ZEROS ? y * RUNS + run : 0] : 257u;
+            const float zero_low = HAS_ZEROS ? float(pair & 255u) * (1.f / (1 << LOW)) : 1.f / (1 << LOW);
+            const float zero_high = HAS_ZEROS ? float(pair >> 8) * (1.f / (1 << HIGH)) : 1.f / (1 << HIGH);
 #pragma unroll
             for (int t = 0; t < NT; ++t)
-              gq_mma4(sum[RUN == 32 ? 2 * h + step / 2 : h][r][t][SETS == 2 ? step % 2 : 0], a[h][r][step],
-                      b[t][h][2 * step], b[t][h][2 * step + 1]);
-          }
 #pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int run = 0; run < RUNS; ++run) {
-          const float2 factor = gq_floats(scale[r][run]);
-          const float zero_low = HAS_ZEROS ? float(zero[r][run % (HAS_ZEROS ? RUNS : 1)] & 255u) : 1.f;
-          const float zero_high = HAS_ZEROS ? float(zero[r][run % (HAS_ZEROS ? RUNS : 1)] >> 8) : 1.f;
-#pragma unroll
-          for (int t = 0; t < NT; ++t)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (ONE && i % 2) continue;
-              float v = sum[run][r][t][0][i];
-              if (RUN == 128) v += sum[1][r][t][0][i];
-              if (SETS == 2) {
-                float odd = sum[run][r][t][SETS - 1][i];
-                if (RUN == 128) odd += sum[1][r][t][SETS - 1][i];
-                v += odd * (1.f / (1 << SECOND));
+              for (int i = 0; i < 4; ++i) {
+                if (ONE && i % 2) continue;
+                float v = sum[run][r][t][0][i];
+                if (RUN == 128 && ACCUMULATORS == 2) v += sum[ACCUMULATORS - 1][r][t][0][i];
+                if (SETS == 2) {
+                  float odd = sum[run][r][t][SETS - 1][i];
+                  if (RUN == 128 && ACCUMULATORS == 2) odd += sum[ACCUMULATORS - 1][r][t][SETS - 1][i];
+                  v += odd * (1.f / (1 << SECOND));
+                }
+                v -= (i < 2 ? zero_low : zero_high) * row_sums[2 * t + i % 2][(u + y) * RUNS + run];
+                total[r][t][i] += v * (i < 2 ? factor.x : factor.y);
               }
-              v *= float(1 << (i < 2 ? LOW : HIGH));
-              v -= (i < 2 ? zero_low : zero_high) * row_sums[2 * t + i % 2][u * RUNS + run];
-              total[r][t][i] += v * (i < 2 ? factor.x : factor.y);
-            }
-        }
+          }
+      }
     }
+#pragma unroll
+    for (int i = 0; i < R * NT * 4; ++i) total[i / (4 * NT)][i / 4 % NT][i % 4] *= float(1 << (i % 4 < 2 ? LOW : HIGH));
     auto put = [&](int m, int row, float v) {
       if (m < M && row < N) {
         @ADD_BIAS@
