@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import statistics
 import sys
@@ -90,25 +91,39 @@ def _bytes(name: str, bits: int) -> int:
 
 
 def divisions(shape: Any, archs: tuple[str, ...]) -> list[Any]:
-    """Returns the divisions of the work that ``--tune`` times."""
+    """Returns the divisions of the stream kernel's work that ``--tune`` times."""
     from gptq_compile.kernels.cuda import stream
 
     limit = min(stream.SHARED_BYTES[int(arch[3:5])] for arch in archs) - stream.RESERVED
     found: list[Any] = []
-    for tiles, splits, height in (
-        (1, 16, 1), (2, 8, 1), (3, 5, 1), (4, 4, 1), (8, 2, 1), (7, 2, 1), (14, 1, 1), (12, 2, 1), (2, 16, 1),
-        (1, 16, 2), (2, 8, 2), (4, 4, 2), (8, 2, 2), (7, 2, 2), (6, 4, 2), (4, 6, 2), (2, 4, 4), (4, 4, 4),
+    for tiles, splits, height, units in (
+        (1, 16, 1, 1), (2, 8, 1, 1), (3, 5, 1, 1), (4, 4, 1, 1), (8, 2, 1, 1), (7, 2, 1, 1), (14, 1, 1, 1),
+        (1, 16, 2, 1), (2, 8, 2, 1), (4, 4, 2, 1), (8, 2, 2, 1), (7, 2, 2, 1), (6, 2, 2, 1), (2, 4, 4, 1), (4, 4, 4, 1),
+        (1, 16, 1, 2), (1, 14, 1, 2), (2, 8, 1, 2), (3, 5, 1, 2), (2, 7, 1, 2), (4, 4, 1, 2), (8, 2, 1, 2),
+        (1, 14, 2, 2), (2, 8, 2, 2), (4, 4, 2, 2), (7, 2, 2, 2), (2, 4, 2, 2),
     ):  # fmt: skip
-        configs = [stream.Config(tiles, splits, height, depth) for depth in (6, 5, 4, 3)]
+        if shape.rows > 1 and splits > 8 and tiles * splits * shape.rows > 64:
+            continue
+        configs = [stream.Config(tiles, splits, height, depth, units) for depth in (6, 5, 4, 3)]
         fitting = [config for config in configs if stream.shared_bytes(shape, config) <= limit]
         # The deepest two rings.
-        found += fitting[:2] if splits <= shape.units else []
+        found += fitting[:2] if splits * units <= shape.units else []
     return found
+
+
+def pipelines(shape: Any, rows: int, target: Any, best: int = 14) -> list[Any]:
+    """Returns the divisions of the pipelined kernel that ``--tune`` times: those that its model finds fastest."""
+    from gptq_compile.kernels.cuda import launch, pipeline_choice
+    from gptq_compile.kernels.layouts import reads_natural
+
+    tokens = next((width for width in (8, 16, 32) if rows <= width), 64)
+    found = pipeline_choice.divisions(shape, tokens, target.archs, launch.supported(target), reads_natural(target))
+    return sorted(found, key=lambda config: pipeline_choice.clocks(shape, config, rows))[:best]
 
 
 def build(arguments: argparse.Namespace) -> None:
     """Builds every kernel into OUT/kernels.so and lists them in OUT/kernels.json."""
-    from gptq_compile.kernels.cuda import stream, tile_linear
+    from gptq_compile.kernels.cuda import pipeline_linear, stream, tile_linear
     from gptq_compile.kernels.layouts import layout_for
     from gptq_compile.kernels.registry import select
     from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
@@ -122,7 +137,7 @@ def build(arguments: argparse.Namespace) -> None:
 
     def add(entry: dict[str, Any], func: Any, key: str) -> None:
         if key not in functions:
-            functions[key] = func.with_attr("global_symbol", key)
+            functions[key] = func.with_attr({"global_symbol": key, "tirx.is_scheduled": True, "tirx.noalias": True})
         layout = layout_for(_case(entry["shape"], entry["bits"], 1, 1), target).name
         table.append({**entry, "function": key, "layout": layout})
 
@@ -137,14 +152,19 @@ def build(arguments: argparse.Namespace) -> None:
                 entry = {"shape": name, "bits": bits, "rows": rows, "kernel": kernel.name}
                 static = "s" if case.rows is None else str(rows)
                 add(entry, kernel.prim_func(case, target), f"linear_{name}_{bits}_{static}")
-                if not (arguments.tune and kernel.name.endswith(".stream")):
+                if not arguments.tune:
                     continue
-                shape = stream.Shape(rows, *_n_grouping(case), False)
-                for config in divisions(shape, target.archs):
-                    func = tile_linear.build_stream(case, target, config)
-                    func = func.with_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-                    label = f"{config.tiles}_{config.splits}_{config.height}_{config.depth}"
-                    add({**entry, "kernel": f"stream {label}"}, func, f"linear_{name}_{bits}_{rows}_{label}")
+                shape = stream.Shape(case.rows or 0, *_n_grouping(case), False)
+                if rows <= stream.MAX_ROWS:
+                    for config in divisions(shape, target.archs):
+                        func = tile_linear.build_stream(case, target, config)
+                        label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
+                        add({**entry, "kernel": f"stream {label}"}, func, f"linear_{name}_{bits}_{rows}_{label}")
+                if rows >= 4:
+                    for config in pipelines(shape, rows, target):
+                        func = pipeline_linear.build(case, target, [(None, config)])
+                        label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
+                        add({**entry, "kernel": f"pipeline {label}"}, func, f"pipe_{name}_{bits}_{static}_{label}")
     builder = relax.BlockBuilder()
     x = relax.Var("x", R.Tensor((1,), "float32"))
     with builder.function("unused", [x]):

@@ -9,7 +9,6 @@ kernels take them after ``x``, are ``qweight`` (u32 words), ``scales`` (float16)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -229,18 +228,12 @@ def padded_rows(case: Case) -> int:
 
 
 NATURAL_TILES = FragmentTiles("natural_tiles", natural=True)
-ASKED = "GPTQ_COMPILE_WGMMA"
-"""The environment variable that asks for Hopper's kernels, with 1."""
-
 Layout = LaneInterleaved | RowWords | FragmentTiles
 
 
 def reads_natural(target: Target) -> bool:
-    """Whether the kernels of a target read `NATURAL_TILES`: on Hopper alone, and for now only where they are asked for.
-
-    Their CUDA text was checked and timed on an H200, but not yet as TVM packages it.
-    """
-    return target.archs == ("sm_90a",) and os.environ.get(ASKED) == "1"
+    """Whether the kernels of a target read `NATURAL_TILES`: in code for Hopper alone, whose wgmma wants that order."""
+    return target.archs == ("sm_90a",)
 
 
 def layout_for(case: Case, target: Target) -> Layout:

@@ -2,7 +2,7 @@
 """Quantized linear layers on CUDA.
 
 Over `FragmentTiles`, fast to slow: a stream of the weights for at most 16 rows (`stream`), tensor cores for any number
-of rows (`wgmma` in code for sm_90a alone, else `prefill`), and a plain kernel for float32 activations. Over `RowWords`,
+of rows (`wgmma` in code for sm_90a alone, else `pipeline`), and a plain kernel for float32 activations. Over `RowWords`,
 the layout of the shapes that do not fit in tiles: tensor cores (`mma_linear`) for at most 8 and for any number of rows,
 and a plain kernel for what those refuse: a warp per weight row, lanes over blocks of codes, float32 sums.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import mma_linear, tile_linear, wgmma_linear
+from gptq_compile.kernels.cuda import mma_linear, pipeline_linear, tile_linear, wgmma_linear
 from gptq_compile.kernels.cuda.warp import warp_sum
 from gptq_compile.kernels.layouts import grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
@@ -162,7 +162,7 @@ KERNELS = (
     Kernel("cuda.fused_linear.stream", "fused_linear", _first(tile_linear.accepts_fused), tile_linear.build_stream),
     Kernel("cuda.quant_linear.stream", "quant_linear", _first(tile_linear.accepts_stream), tile_linear.build_stream),
     Kernel("cuda.quant_linear.wgmma", "quant_linear", _first(wgmma_linear.accepts), wgmma_linear.build),
-    Kernel("cuda.quant_linear.prefill", "quant_linear", _first(tile_linear.accepts_prefill), tile_linear.build_prefill),
+    Kernel("cuda.quant_linear.pipeline", "quant_linear", _first(pipeline_linear.accepts), pipeline_linear.build),
     Kernel("cuda.quant_linear.plain_tiles", "quant_linear", _first(tile_linear.accepts_plain), tile_linear.build_plain),
     Kernel("cuda.quant_linear.decode_mma", "quant_linear", _accepts_decode, _decode),
     Kernel("cuda.quant_linear.tiles_mma", "quant_linear", _accepts_tiles, _tiles),

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import launch, prefill, stream, stream_input, tile_source, wgmma
+from gptq_compile.kernels.cuda import launch, stream, stream_input, tile_source, wgmma
 from gptq_compile.kernels.cuda.stream_input import Input
 from gptq_compile.kernels.cuda.warp import address, warp_sum
 from gptq_compile.kernels.layouts import NATURAL_TILES, grouping_of, layout_for
@@ -38,15 +39,8 @@ def accepts_plain(case: Case, target: Target) -> Refusal | None:
     return Refusal(reason) if reason else None
 
 
-def accepts_prefill(case: Case, target: Target) -> Refusal | None:
-    """Refuses other layouts and activations that tensor cores do not multiply here."""
-    refusal = _accepts_half(case, target)
-    if refusal is None and layout_for(case, target) == NATURAL_TILES:
-        refusal = Refusal("is for weights in the other order of k")
-    return refusal
-
-
-def _accepts_half(case: Case, target: Target) -> Refusal | None:
+def accepts_half(case: Case, target: Target) -> Refusal | None:
+    """Refuses cases in another layout and activations that tensor cores do not multiply here."""
     reason = _why_not_tiles(case)
     if reason is None and case.dtype != "float16":
         reason = f"needs float16 activations, not {case.dtype}"
@@ -55,7 +49,7 @@ def _accepts_half(case: Case, target: Target) -> Refusal | None:
 
 def accepts_stream(case: Case, target: Target) -> Refusal | None:
     """Refuses other layouts and types, many or symbolic rows, and activations beyond shared memory."""
-    refusal = _accepts_half(case, target)
+    refusal = accepts_half(case, target)
     if refusal is not None:
         return refusal
     if case.rows is None or case.rows > stream.MAX_ROWS:
@@ -176,25 +170,18 @@ def build_stream(case: Case, target: Target, config: stream.Config | None = None
     return launch.dependent(f.result()) if shape.dependent else f.result()
 
 
-def build_prefill(case: Case, target: Target) -> Any:
-    """Builds the kernel for any number of rows."""
+def by_rows(plan: Sequence[tuple[int | None, Any]], rows: Expr, start: Callable[[Any], None]) -> None:
+    """Emits the launch of the first config of `plan` that is for so many rows: (at most how many or None, config)."""
     ir = script()
-    shape = shape_of(case)
-    name = name_of("prefill", case)
-    source = prefill.source(name, shape, bool(case["has_bias"]), C_TYPES[case.get("out_dtype", case.dtype)])
-    owned = prefill.WARPS * prefill.height(shape) * fragments.TILE_ROWS
-    with Function("quant_linear") as f:
-        tensors = tensors_of(f, case, target)
-        rows = tensors["x"].shape[0]
-        token_blocks = ir.cast((rows + prefill.TOKENS - 1) // prefill.TOKENS, "int32")
-        with (
-            ir.launch_thread("blockIdx.x", -(-shape.out_features // owned)),
-            ir.launch_thread("blockIdx.y", token_blocks),
-            ir.launch_thread("threadIdx.x", 32 * prefill.WARPS),
-        ):
-            shared = ir.alloc_buffer((prefill.SHARED_BYTES,), "uint8", scope="shared.dyn")
-            run(name, source, tensors, ir.cast(rows, "int32"), shared.access_ptr("rw"))
-    return f.result()
+    (most, config), *rest = plan
+    if most is None or not rest:
+        start(config)
+        return
+    with ir.If(rows <= most):
+        with ir.Then():
+            start(config)
+        with ir.Else():
+            by_rows(rest, rows, start)
 
 
 def build_plain(case: Case, target: Target) -> Any:

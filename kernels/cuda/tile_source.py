@@ -86,6 +86,14 @@ __device__ __forceinline__ float gq_remote(const float* p, int rank) {
                : "=f"(v) : "r"(address), "r"(rank) : "memory");
   return v;
 }
+__device__ __forceinline__ float4 gq_remote4(const float* p, int rank) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(p);
+  float4 v;
+  asm volatile("{\\n.reg .u32 a;\\nmapa.shared::cluster.u32 a, %4, %5;\\n"
+               "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a];\\n}"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
 #endif
 """
 """From sm_90: blocks of a cluster wait for each other and read each other's shared memory."""

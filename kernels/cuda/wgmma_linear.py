@@ -7,7 +7,7 @@ import contextlib
 from typing import Any
 
 from gptq_compile.kernels.cuda import tile_linear, wgmma, wgmma_choice
-from gptq_compile.kernels.layouts import ASKED, NATURAL_TILES, layout_for
+from gptq_compile.kernels.layouts import NATURAL_TILES, layout_for
 from gptq_compile.kernels.registry import Case, Refusal
 from gptq_compile.kernels.script import Function, script
 from gptq_compile.kernels.target import Target
@@ -16,7 +16,7 @@ from gptq_compile.kernels.target import Target
 def accepts(case: Case, target: Target) -> Refusal | None:
     """Refuses other layouts and activations that tensor cores do not multiply here."""
     if layout_for(case, target) != NATURAL_TILES:
-        return Refusal(f"is for whole tiles on a target of sm_90a alone, asked for with {ASKED}=1")
+        return Refusal("is for whole tiles on a target of sm_90a alone")
     if case.dtype != "float16":
         return Refusal(f"needs float16 activations, not {case.dtype}")
     return None
@@ -47,16 +47,5 @@ def build(case: Case, target: Target, plan: wgmma.Plan | None = None) -> Any:
                 shared = ir.alloc_buffer((wgmma.shared_bytes(shape, config),), "uint8", scope="shared.dyn")
                 tile_linear.run(name, source, tensors, ir.cast(rows, "int32"), shared.access_ptr("rw"))
 
-        def branch(choices: wgmma.Plan) -> None:
-            (most, config), *rest = choices
-            if most is None or not rest:
-                launch(config)
-            else:
-                with ir.If(rows <= most):
-                    with ir.Then():
-                        launch(config)
-                    with ir.Else():
-                        branch(rest)
-
-        branch(plan)
+        tile_linear.by_rows(plan, rows, launch)
     return f.result()

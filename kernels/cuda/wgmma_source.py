@@ -13,14 +13,6 @@ TOKENS = (8, 16, 32, 64, 128, 256)
 
 _HELPERS = """
 __device__ __forceinline__ unsigned gq_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-// Four floats that another block of the cluster has where this one has p.
-__device__ __forceinline__ float4 gq_remote4(const float* p, int rank) {
-  float4 v;
-  asm volatile("{\\n.reg .u32 a;\\nmapa.shared::cluster.u32 a, %4, %5;\\n"
-               "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a];\\n}"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(gq_shared(p)), "r"(rank) : "memory");
-  return v;
-}
 // The low half of a descriptor; the high half says swizzle and distance, and is the same for all.
 __device__ __forceinline__ unsigned gq_descriptor(const void* p) { return 1u << 16 | (gq_shared(p) & 0x3ffff) >> 4; }
 __device__ __forceinline__ void gq_bar_init(unsigned long long* bar, int count) {

@@ -34,7 +34,6 @@ def test_fused_linear_matches_float64(
 ) -> None:
     target = OLDER if check.case.rows == 3 else ALONE if check.case["has_bias"] else HOPPER
     monkeypatch.setattr(BuiltFor, "target", target)
-    monkeypatch.setenv("GPTQ_COMPILE_WGMMA", "1")
     kernel = select(check.case, target).kernel
     func = kernel.prim_func(check.case, target)
     before = check.make_inputs(np.random.default_rng(0))

@@ -19,8 +19,11 @@ import cuda_emulator
 from gptq_compile.kernels.cuda import (
     linear,
     mma_linear,
+    pipeline_choice,
+    pipeline_linear,
     quant_linear,
     stream,
+    tile_linear,
     warp,
     wgmma,
     wgmma_choice,
@@ -36,11 +39,6 @@ from tests.kernels.op_runner import needs_gxx
 CUDA = Target.parse("cuda:sm_80,sm_90")
 HOPPER = Target.parse("cuda:sm_90a")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-
-
-@pytest.fixture(autouse=True)
-def hopper_is_asked_for(monkeypatch):
-    monkeypatch.setenv("GPTQ_COMPILE_WGMMA", "1")
 
 
 def _quant_case(bits, group, k, n, rows, dtype="float16") -> Case:
@@ -69,7 +67,12 @@ def _run_quant(
     out = np.full((rows, n), np.nan, case.dtype)
     kernel = select(case, target, quant_linear.KERNELS).kernel
     tensors = {"x": x, "bias": bias, "out": out, **layout_for(case, target).pack(case, codes, scales, zeros)}
-    func = wgmma_linear.build(case, target, plan) if plan else kernel.prim_func(case, target)
+    if kernel.name.endswith(".pipeline") and case.rows is None:
+        # Several kernels otherwise: the emulator runs one.
+        config = pipeline_choice.best(tile_linear.shape_of(case), rows, target.archs, False, False)
+        func = pipeline_linear.build(case, target, [(None, config)])
+    else:
+        func = wgmma_linear.build(case, target, plan) if plan else kernel.prim_func(case, target)
     cuda_emulator.run(func, target, tensors, rows, folder)
     return float(np.abs(out - reference).mean() / np.abs(reference).mean()), kernel.name
 
@@ -90,11 +93,11 @@ def _run_quant(
         (3, 32, 160, 37, 9, True, "stream"),
         (2, 96, 264, 33, 16, True, "stream"),
         (8, -1, 136, 19, 5, True, "stream"),
-        (4, 128, 576, 40, 17, True, "prefill"),
-        (3, 32, 160, 37, 70, False, "prefill"),
-        (2, 64, 200, 21, 1, False, "prefill"),
-        (8, -1, 136, 19, 5, False, "prefill"),
-        pytest.param(4, 128, 256, 2065, 3, False, "prefill", marks=pytest.mark.slow),
+        (4, 128, 576, 40, 17, True, "pipeline"),
+        (3, 32, 160, 37, 70, False, "pipeline"),
+        (2, 64, 200, 21, 1, False, "pipeline"),
+        (8, -1, 136, 19, 5, False, "pipeline"),
+        pytest.param(4, 128, 256, 2065, 3, False, "pipeline", marks=pytest.mark.slow),
     ],
 )
 def test_quant_linear_matches_float64(bits, group, k, n, rows, static, kernel, tmp_path):
@@ -166,7 +169,7 @@ def test_codes_meet_activations_exactly(tmp_path):
     scales = rng.integers(1, 2000, (20, 2)).astype(np.float32) / np.float32(2048)
     x, out = rng.integers(-9, 10, (2, 256)).astype(np.float16), np.full((2, 20), np.nan, np.float32)
     tensors = {"x": x, "out": out, **layout_for(case, CUDA).pack(case, codes, scales, zeros)}
-    for kernel in (k for k in quant_linear.KERNELS if k.name.endswith(("quant_linear.stream", ".prefill"))):
+    for kernel in (k for k in quant_linear.KERNELS if k.name.endswith(("quant_linear.stream", ".pipeline"))):
         out[:] = np.nan
         cuda_emulator.run(kernel.prim_func(case, CUDA), CUDA, tensors, 2, tmp_path / kernel.name)
         weight = np.repeat(scales, 128, 1) * (codes.astype(np.float32) - np.repeat(zeros, 128, 1))
@@ -274,24 +277,16 @@ def _spill_free(source: str, arch: int | str, folder: Path) -> bool:
     return "0 bytes spill stores, 0 bytes spill loads" in done.stderr and "Performance Loss" not in done.stderr
 
 
-HOPPER_ALONE = {
-    "cuda.quant_linear.wgmma": "is for whole tiles on a target of sm_90a alone, asked for with GPTQ_COMPILE_WGMMA=1"
-}
+HOPPER_ALONE = {"cuda.quant_linear.wgmma": "is for whole tiles on a target of sm_90a alone"}
 
 
-def prefill_of(case: Case, target: Target) -> str:
-    kernel = next(k for k in quant_linear.KERNELS if k.name == "cuda.quant_linear.prefill")
-    return str(kernel.can_implement(case, target))
-
-
-def test_hopper_kernels_are_only_taken_where_asked_for(monkeypatch):
+def test_hopper_kernels_are_for_hopper_alone():
     case = _quant_case(4, 128, 4096, 4096, None)
     assert select(case, HOPPER, quant_linear.KERNELS).kernel.name == "cuda.quant_linear.wgmma"
     for target in ("cuda:sm_90", "cuda:sm_90,sm_90a", "cuda"):
-        assert select(case, Target.parse(target), quant_linear.KERNELS).kernel.name == "cuda.quant_linear.prefill"
-    monkeypatch.delenv("GPTQ_COMPILE_WGMMA")
-    assert select(case, HOPPER, quant_linear.KERNELS).kernel.name == "cuda.quant_linear.prefill"
-    assert layout_for(case, HOPPER).name == "fragment_tiles"
+        assert select(case, Target.parse(target), quant_linear.KERNELS).kernel.name == "cuda.quant_linear.pipeline"
+        assert layout_for(case, Target.parse(target)).name == "fragment_tiles"
+    assert layout_for(case, HOPPER).name == "natural_tiles"
 
 
 def test_refusals_are_words():
@@ -299,14 +294,14 @@ def test_refusals_are_words():
     reasons = dict(select(case, CUDA, quant_linear.KERNELS).refused)
     tiles = "is for whole tiles and needs in_features to be a multiple of 8, not 100"
     assert reasons == {
-        **dict.fromkeys([f"cuda.quant_linear.{name}" for name in ("stream", "prefill", "plain_tiles")], tiles),
+        **dict.fromkeys([f"cuda.quant_linear.{name}" for name in ("stream", "pipeline", "plain_tiles")], tiles),
         **HOPPER_ALONE,
         "cuda.quant_linear.decode_mma": "needs groups of whole units of 8 codes, not 20",
         "cuda.quant_linear.tiles_mma": "needs groups of whole units of 8 codes, not 20",
     }
     reasons = dict(select(_quant_case(4, 16, 64, 8, 9), CUDA, quant_linear.KERNELS).refused)
     assert reasons["cuda.quant_linear.decode_mma"] == "is for 1 to 8 rows known at compile time, not 9"
-    assert reasons["cuda.quant_linear.prefill"] == (
+    assert reasons["cuda.quant_linear.pipeline"] == (
         "is for whole tiles and needs groups of a multiple of 32 codes, not 16"
     )
     reasons = dict(select(_quant_case(4, 32, 64, 8, None), CUDA, quant_linear.KERNELS).refused)
@@ -318,8 +313,7 @@ def test_refusals_are_words():
     reasons = dict(select(_quant_case(4, 128, 4096, 4096, 9), HOPPER, quant_linear.KERNELS).refused)
     assert reasons == {"cuda.quant_linear.stream": "is slower than wgmma from 9 rows on"}
     reasons = dict(select(_quant_case(4, 128, 256, 8, 9, "float32"), HOPPER, quant_linear.KERNELS).refused)
-    assert reasons["cuda.quant_linear.prefill"] == "needs float16 activations, not float32"
-    assert prefill_of(_quant_case(4, 128, 256, 8, 9), HOPPER) == "is for weights in the other order of k"
+    assert reasons["cuda.quant_linear.pipeline"] == "needs float16 activations, not float32"
 
 
 @pytest.mark.parametrize("has_zeros", (True, False))
