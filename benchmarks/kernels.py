@@ -97,21 +97,20 @@ def divisions(shape: Any, archs: tuple[str, ...]) -> list[Any]:
     limit = min(stream.SHARED_BYTES[int(arch[3:5])] for arch in archs) - stream.RESERVED
     found: list[Any] = []
     for tiles, splits, height, units in (
-        (1, 16, 1, 1), (2, 8, 1, 1), (3, 5, 1, 1), (4, 4, 1, 1), (8, 2, 1, 1), (7, 2, 1, 1), (14, 1, 1, 1),
-        (1, 16, 2, 1), (2, 8, 2, 1), (4, 4, 2, 1), (8, 2, 2, 1), (7, 2, 2, 1), (6, 2, 2, 1), (2, 4, 4, 1), (4, 4, 4, 1),
-        (1, 16, 1, 2), (1, 14, 1, 2), (2, 8, 1, 2), (3, 5, 1, 2), (2, 7, 1, 2), (4, 4, 1, 2), (8, 2, 1, 2),
-        (1, 14, 2, 2), (2, 8, 2, 2), (4, 4, 2, 2), (7, 2, 2, 2), (2, 4, 2, 2),
+        (1, 16, 1, 1), (2, 8, 1, 1), (4, 4, 1, 1), (8, 2, 1, 1), (4, 4, 2, 1), (8, 2, 2, 1), (4, 4, 4, 1),
+        (1, 16, 1, 2), (1, 14, 1, 2), (2, 8, 1, 2), (4, 4, 1, 2), (8, 2, 1, 2), (1, 16, 2, 2), (2, 8, 2, 2), (4, 4, 2, 2),
+        (7, 2, 2, 2),
     ):  # fmt: skip
         if shape.rows > 1 and splits > 8 and tiles * splits * shape.rows > 64:
             continue
         configs = [stream.Config(tiles, splits, height, depth, units) for depth in (6, 5, 4, 3)]
         fitting = [config for config in configs if stream.shared_bytes(shape, config) <= limit]
-        # The deepest two rings.
-        found += fitting[:2] if splits * units <= shape.units else []
+        # Rings of more than five turns did not help.
+        found += fitting[-2 if len(fitting) > 2 else -1 :][:1] if splits * units <= shape.units else []
     return found
 
 
-def pipelines(shape: Any, rows: int, target: Any, best: int = 14) -> list[Any]:
+def pipelines(shape: Any, rows: int, target: Any, best: int = 8) -> list[Any]:
     """Returns the divisions of the pipelined kernel that ``--tune`` times: those that its model finds fastest."""
     from gptq_compile.kernels.cuda import launch, pipeline_choice
     from gptq_compile.kernels.layouts import reads_natural

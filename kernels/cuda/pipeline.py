@@ -216,15 +216,20 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
 #pragma unroll
           for (int i = 0; i < R * NT * 4; ++i) sum[i / (4 * NT)][i / 4 % NT][i % 4] = 0.f;
         }
+        // Products that follow each other have sums of their own: one waits 33 clocks for the one before.
+        constexpr int SIDE = NT % 4 == 0 ? 4 : NT % 2 == 0 ? 2 : 1;
 #pragma unroll
-        for (int t = 0; t < NT; ++t) {
-          unsigned b[4];
-          fragments_of(b, stage, t, k, lane);
+        for (int first_of = 0; first_of < NT; first_of += SIDE) {
+          unsigned b[SIDE][4];
 #pragma unroll
-          for (int r = 0; r < R; ++r) {
-            gq_mma4(sum[r][t], a[r][step], b[0], b[1]);
-            gq_mma4(sum[r][t], a[r][step + 1], b[2], b[3]);
-          }
+          for (int t = 0; t < SIDE; ++t) fragments_of(b[t], stage, first_of + t, k, lane);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int t = 0; t < SIDE; ++t)
+#pragma unroll
+              for (int r = 0; r < R; ++r)
+                gq_mma4(sum[r][first_of + t], a[r][step + i], b[t][2 * i], b[t][2 * i + 1]);
         }
         if ((k + 32) % RUN == 0) {
 #pragma unroll

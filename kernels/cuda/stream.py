@@ -121,30 +121,42 @@ def _columns(rows: int) -> int:
 def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
     """Returns the division of the work for the smallest shared memory of `archs`, or None if nothing fits.
 
-    Sixteen warps a block. Where there are tiles for eight warps and more on every multiprocessor, a warp takes two of
-    them and K is hardly split; else K is split as far as it takes to give every multiprocessor work. Measured on an
-    H200 for the shapes of Llama-3-8B (benchmarks/RESULTS.md, "Quantized linear kernels").
+    Sixteen warps a block. Up to two tiles for every multiprocessor they all share the K of one; else eight warps share
+    it, with codes of two and three bits and many tiles four, which then take two tiles or two units at once: it is
+    instructions that are short then. Measured on an H200 for the shapes of Llama-3-8B (benchmarks/RESULTS.md,
+    "Quantized linear kernels").
     """
     limit = min(SHARED_BYTES.get(int("".join(filter(str.isdigit, arch))), 99 << 10) for arch in archs) - RESERVED
-    many = shape.row_tiles >= 8 * BLOCKS
-    height = 2 if (many and shape.grouping.bits < 8) or shape.rows > 8 else 1
-    supers = -(-shape.row_tiles // height)
-    most = 8 if many and height == 2 and shape.grouping.bits == 4 else 4
-    tiles = min(-(-supers // BLOCKS), most)
+    bits, each = shape.grouping.bits, -(-shape.row_tiles // BLOCKS)
+    tiles, height, units = min(each, 4), 1, 1
+    if bits == 8:
+        pass
+    elif shape.rows > 8:
+        tiles = 2 if each <= 4 else 8
+    elif bits == 4 or each <= 4:
+        tiles = 1 if each <= 2 and shape.rows <= 4 else min(each, 2)
+    else:
+        height = 2
+    if bits == 3 and (height == 2 or shape.units >= 64):
+        tiles, units = max(tiles, min(each, 2)), 2
+    if bits == 2 and shape.units >= 64:
+        tiles, units = max(tiles, min(each, 2)), 2
     splits = 16 // tiles
-    while splits > shape.units:
-        splits //= 2
+    while splits * units > shape.units:
+        splits, units = max(splits // 2, 1), 1
     while True:
-        steps = -(-shape.units // splits)
-        deepest = 4 if height == 2 else 6 if steps > 8 else 5
-        for depth in range(min(deepest, steps + 1), min(3, steps + 1) - 1, -1):
-            config = Config(tiles, splits, height, depth)
+        # A ring is of use across tiles, too.
+        turns = -(-shape.units // (splits * units)) * -(-each // (tiles * height))
+        for depth in range(min(5, turns + 1), min(3, turns + 1) - 1, -1):
+            config = Config(tiles, splits, height, depth, units)
             if shared_bytes(shape, config) <= limit:
                 norm = shape.made.kind in stream_input.NORMS
                 if norm and held(shape, config) > stream_input.MOST_HELD[shape.made.kind]:
                     return None
                 return config
-        if tiles > 1:
+        if units > 1:
+            units = 1
+        elif tiles > 1:
             tiles //= 2
         elif splits > 4:
             splits //= 2
@@ -219,7 +231,7 @@ _STORE_NATURAL = """  // What a lane multiplies by two steps, the same word of f
 
 _BODY = """
 constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = STAGED * 128 + 32;
-constexpr int ACCUMULATORS = RUN == 32 ? 4 : RUN == 64 || U == 1 ? 2 : 1;
+constexpr int ACCUMULATORS = RUN == 32 ? 4 : 2;
 constexpr bool ONE = M == 1, HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
 constexpr int SUPERS = (TILES + R - 1) / R;
 constexpr int PIECES = STAGED * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
@@ -406,7 +418,7 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
               if (step == 0) @FRAGMENTS@(a[h][r], words[y][h][r]);
 #pragma unroll
               for (int t = 0; t < NT; ++t)
-                gq_mma4(sum[RUN == 32 ? 2 * h + step / 2 : h % ACCUMULATORS][r][t][SETS == 2 ? step % 2 : 0],
+                gq_mma4(sum[RUN == 32 ? 2 * h + step / 2 : h][r][t][SETS == 2 ? step % 2 : 0],
                         a[h][r][step], b[t][h][2 * step], b[t][h][2 * step + 1]);
             }
 #pragma unroll
@@ -424,10 +436,10 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
               for (int i = 0; i < 4; ++i) {
                 if (ONE && i % 2) continue;
                 float v = sum[run][r][t][0][i];
-                if (RUN == 128 && ACCUMULATORS == 2) v += sum[ACCUMULATORS - 1][r][t][0][i];
+                if (RUN == 128) v += sum[1][r][t][0][i];
                 if (SETS == 2) {
                   float odd = sum[run][r][t][SETS - 1][i];
-                  if (RUN == 128 && ACCUMULATORS == 2) odd += sum[ACCUMULATORS - 1][r][t][SETS - 1][i];
+                  if (RUN == 128) odd += sum[1][r][t][SETS - 1][i];
                   v += odd * (1.f / (1 << SECOND));
                 }
                 v -= (i < 2 ? zero_low : zero_high) * row_sums[2 * t + i % 2][(u + y) * RUNS + run];

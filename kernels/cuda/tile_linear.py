@@ -56,8 +56,12 @@ def accepts_stream(case: Case, target: Target) -> Refusal | None:
         return Refusal(f"is for 1 to {stream.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
     if case.rows > wgmma.STREAM_ROWS and layout_for(case, target) == NATURAL_TILES:
         return Refusal(f"is slower than wgmma from {wgmma.STREAM_ROWS + 1} rows on")
-    if stream.choose(shape_of(case), target.archs) is None:
+    shape = shape_of(case)
+    config = stream.choose(shape, target.archs)
+    if config is None:
         return Refusal(f"{case.rows} rows of {case['in_features']} do not fit in shared memory beside the weights")
+    if case.rows > 4 and config.tiles * config.splits < 8 and shape.row_tiles >= 4 * stream.BLOCKS:
+        return Refusal(f"{case.rows} rows of {case['in_features']} leave shared memory for few warps")
     return None
 
 
