@@ -98,8 +98,8 @@ def divisions(shape: Any, archs: tuple[str, ...]) -> list[Any]:
     found: list[Any] = []
     for tiles, splits, height, units in (
         (1, 16, 1, 1), (2, 8, 1, 1), (4, 4, 1, 1), (8, 2, 1, 1), (4, 4, 2, 1), (8, 2, 2, 1), (4, 4, 4, 1),
-        (1, 16, 1, 2), (1, 14, 1, 2), (2, 8, 1, 2), (4, 4, 1, 2), (8, 2, 1, 2), (1, 16, 2, 2), (2, 8, 2, 2), (4, 4, 2, 2),
-        (7, 2, 2, 2),
+        (1, 16, 1, 2), (1, 14, 1, 2), (2, 8, 1, 2), (4, 4, 1, 2), (8, 2, 1, 2), (1, 16, 2, 2), (2, 8, 2, 2),
+        (4, 4, 2, 2), (7, 2, 2, 2),
     ):  # fmt: skip
         if shape.rows > 1 and splits > 8 and tiles * splits * shape.rows > 64:
             continue

@@ -7,8 +7,8 @@ that are private to a warp and activations through stages that the block shares,
 so one barrier a turn is enough. Codes become exact halves code - zero in registers (`tile_source.integers`); sums of a
 run of codes with one scale are float32, and so is the multiplication by the scale.
 
-Where there are too few blocks for the GPU, the splits of a block share K, and from sm_90 on the blocks of a cluster, too;
-they add up through (distributed) shared memory at the end.
+Where there are too few blocks for the GPU, the splits of a block share K, and from sm_90 on the blocks of a cluster,
+too; they add up through (distributed) shared memory at the end.
 """
 
 from __future__ import annotations

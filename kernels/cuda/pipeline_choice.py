@@ -20,7 +20,7 @@ Plan = list[tuple[int | None, Config]]
 STEPS = (8, 16, 32, 64, None)
 MANY = 4096
 REGISTERS = 1 << 16
-WARPS = (4, 6, 7, 8, 10, 12, 14, 16)
+WARPS = (4, 7, 8, 12, 14, 16)
 ISSUED = 1.7
 """Instructions a multiprocessor issues in a clock, of four at best."""
 PRODUCT = 1.7
@@ -38,7 +38,9 @@ def _unpack(bits: int) -> int:
 
 def clocks(shape: Shape, config: Config, rows: int) -> float:
     """Returns the time that the model predicts for so many rows of activations."""
-    tiles, columns = config.warps * config.splits * config.height, config.tokens // 8
+    # A multiprocessor has four schedulers: with six warps two of them have half as much to do.
+    warps, columns = -(-config.warps * config.splits // 4) * 4, config.tokens // 8
+    tiles = warps * config.height
     issued = _unpack(shape.grouping.bits) + columns * (12 + 4 / config.height) + 30 / config.height
     turn = max(
         tiles * issued / ISSUED,

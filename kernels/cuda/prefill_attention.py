@@ -89,7 +89,7 @@ def _build(case: Case, target: Target) -> Any:
 
 
 def _source(name: str, p: AttentionParams, per_block: int) -> str:
-    """Returns CUDA text with ``name::run``, whose parameters are those of the PrimFunc, n, width of the table, shared."""
+    """Returns CUDA text with ``name::run``, with the PrimFunc's parameters, n, width of the table, shared."""
     constants = {
         "HEADS": p.heads, "KV_HEADS": p.kv_heads, "GROUP": p.group, "G": per_block, "D": p.head_dim,
         "DV": p.v_head_dim, "PAGE": p.page_size, "WINDOW": p.window, "ROWS": ROWS, "KEYS": KEYS, "THREADS": THREADS,

@@ -2,9 +2,10 @@
 """Quantized linear layers on CUDA.
 
 Over `FragmentTiles`, fast to slow: a stream of the weights for at most 16 rows (`stream`), tensor cores for any number
-of rows (`wgmma` in code for sm_90a alone, else `pipeline`), and a plain kernel for float32 activations. Over `RowWords`,
-the layout of the shapes that do not fit in tiles: tensor cores (`mma_linear`) for at most 8 and for any number of rows,
-and a plain kernel for what those refuse: a warp per weight row, lanes over blocks of codes, float32 sums.
+of rows (`wgmma` in code for sm_90a alone, else `pipeline`), and a plain kernel for float32 activations. Over
+`RowWords`, the layout of the shapes that do not fit in tiles: tensor cores (`mma_linear`) for at most 8 and for any
+number of rows, and a plain kernel for what those refuse: a warp per weight row, lanes over blocks of codes, float32
+sums.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ __device__ __forceinline__ void gq_copy16_or_zero(void* to, const void* from, bo
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                ::"r"(address), "l"(from), "r"(wanted ? 16 : 0) : "memory");
 }
-// Four 8 x 8 matrices of halves from shared memory: lane i names row i % 8 of matrix i / 8 (ldmatrix of the PTX manual).
+// Four 8 x 8 matrices of halves from shared memory: lane i names row i % 8 of matrix i / 8 (PTX: ldmatrix).
 __device__ __forceinline__ void gq_matrices(unsigned* d, const void* row) {
   unsigned address = (unsigned)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
