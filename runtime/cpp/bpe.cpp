@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bpe.h"
 
+#include <algorithm>
+#include <functional>
 #include <limits>
 #include <queue>
 #include <stdexcept>
@@ -49,22 +51,34 @@ bool ByteAlphabet::bytes_of(std::string_view token, std::string& bytes) const {
   return true;
 }
 
-Bpe::Bpe(const Json& model, const std::string& where) {
+Bpe::Bpe(const Json& model, bool byte_level, const std::string& where) : byte_level_(byte_level) {
   const Json* type = model.find("type");
   if (type != nullptr && type->text(where + ", model.type,") != "BPE")
     refuse(where, "has a model of type " + type->text(""));
-  for (const char* name : {"continuing_subword_prefix", "end_of_word_suffix", "dropout", "unk_token"})
+  for (const char* name : {"continuing_subword_prefix", "end_of_word_suffix", "dropout"})
     if (is_set(model.find(name))) refuse(where, std::string("sets the model's ") + name);
-  const Json* fallback = model.find("byte_fallback");
-  if (fallback != nullptr && !fallback->is_null() && fallback->boolean(where + ", model.byte_fallback,"))
-    refuse(where, "sets the model's byte_fallback");
+  const auto flag = [&](const char* name) {
+    const Json* value = model.find(name);
+    return value != nullptr && !value->is_null() && value->boolean(where + ", model." + name + ",");
+  };
+  fallback_for_unknown_ = flag("byte_fallback");
+  fuse_unknown_ = flag("fuse_unk");
   read_vocabulary(model, where);
   read_merges(model, where);
-  const Json* ignore = model.find("ignore_merges");
-  if (ignore == nullptr || ignore->is_null() || !ignore->boolean(where + ", model.ignore_merges,")) return;
+  if (is_set(model.find("unk_token"))) {
+    const auto found = vocabulary_.find(model.find("unk_token")->text(where + ", model.unk_token,"));
+    if (found == vocabulary_.end())
+      throw std::runtime_error(where + " has an unk_token that is not in its vocabulary.");
+    unknown_ = found->second;
+  }
+  if (!flag("ignore_merges")) return;
   std::string bytes;
-  for (const auto& [text, id] : vocabulary_)
-    if (ByteAlphabet::get().bytes_of(text, bytes)) whole_[bytes] = id;
+  for (const auto& [text, id] : vocabulary_) {
+    if (!byte_level_)
+      whole_[text] = id;
+    else if (ByteAlphabet::get().bytes_of(text, bytes))
+      whole_[bytes] = id;
+  }
 }
 
 void Bpe::read_vocabulary(const Json& model, const std::string& where) {
@@ -83,6 +97,9 @@ void Bpe::read_vocabulary(const Json& model, const std::string& where) {
     append_utf8(text, ByteAlphabet::get().code_of(static_cast<unsigned char>(byte)));
     const auto found = vocabulary_.find(text);
     byte_tokens_[byte] = found == vocabulary_.end() ? -1 : found->second;
+    const std::string digits = "0123456789ABCDEF";
+    const auto named = vocabulary_.find(std::string("<0x") + digits[byte / 16] + digits[byte % 16] + ">");
+    fallback_[byte] = named == vocabulary_.end() ? -1 : named->second;
   }
 }
 
@@ -119,6 +136,45 @@ const std::string* Bpe::token(std::int32_t id) const {
   return id >= 0 && index < tokens_.size() ? tokens_[index] : nullptr;
 }
 
+std::vector<std::int32_t> Bpe::units(std::string_view piece) const {
+  std::vector<std::int32_t> tokens;
+  tokens.reserve(piece.size());
+  std::size_t pending = 0;  // unknown characters whose token is not out yet; as `tokenizers`, behind fallback bytes
+  const auto put_pending = [&] {
+    if (pending > 0) tokens.push_back(unknown_);
+    pending = 0;
+  };
+  std::string text;
+  for (std::size_t at = 0; at < piece.size();) {
+    std::int32_t token = -1;
+    if (byte_level_) {
+      const auto byte = static_cast<unsigned char>(piece[at++]);
+      token = byte_tokens_[byte];
+      if (token < 0) append_utf8(text = "", ByteAlphabet::get().code_of(byte));
+    } else {
+      const std::size_t begin = at;
+      next_code_point(piece, at);
+      text = piece.substr(begin, at - begin);
+      const auto found = vocabulary_.find(text);
+      if (found != vocabulary_.end()) token = found->second;
+    }
+    if (token >= 0) {
+      put_pending();
+      tokens.push_back(token);
+      continue;
+    }
+    const auto has_fallback = [this](char c) { return fallback_[static_cast<unsigned char>(c)] >= 0; };
+    if (fallback_for_unknown_ && std::all_of(text.begin(), text.end(), has_fallback)) {
+      for (const char c : text) tokens.push_back(fallback_[static_cast<unsigned char>(c)]);
+    } else if (unknown_ >= 0) {
+      if (!fuse_unknown_) put_pending();
+      ++pending;
+    }
+  }
+  put_pending();
+  return tokens;
+}
+
 void Bpe::encode(std::string_view piece, std::vector<std::int32_t>& out) const {
   if (!whole_.empty()) {
     const auto found = whole_.find(std::string(piece));
@@ -135,9 +191,7 @@ void Bpe::encode(std::string_view piece, std::vector<std::int32_t>& out) const {
   };
   std::vector<Symbol> symbols;
   symbols.reserve(piece.size());
-  for (const char c : piece) {
-    const std::int32_t token = byte_tokens_[static_cast<unsigned char>(c)];
-    if (token < 0) continue;
+  for (const std::int32_t token : units(piece)) {
     const std::size_t index = symbols.size();
     symbols.push_back({token, index == 0 ? none : index - 1, none, true});
     if (index > 0) symbols[index - 1].next = index;

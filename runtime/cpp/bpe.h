@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
+// Byte-pair encoding (Sennrich et al. 2016) over bytes (Radford et al. 2019, section 2.2) or, as SentencePiece does it,
+// over characters with bytes for those that the vocabulary lacks.
 #pragma once
 
 #include <array>
@@ -35,10 +36,11 @@ constexpr std::int64_t kMaxToken = (std::int64_t{1} << 31) - 1;
 
 class Bpe {
  public:
-  // Reads the "model" section of a tokenizer.json; `where` is its path.
-  Bpe(const Json& model, const std::string& where);
+  // Reads the "model" section of a tokenizer.json; `where` is its path. `byte_level` says what the merges begin with:
+  // bytes in GPT-2's alphabet, or characters.
+  Bpe(const Json& model, bool byte_level, const std::string& where);
 
-  // Appends the tokens of one piece, given as bytes.
+  // Appends the tokens of one piece.
   void encode(std::string_view piece, std::vector<std::int32_t>& out) const;
   const std::string* token(std::int32_t id) const;  // as it stands in the vocabulary; null if there is none
 
@@ -51,12 +53,17 @@ class Bpe {
   }
   void read_vocabulary(const Json& model, const std::string& where);
   void read_merges(const Json& model, const std::string& where);
+  // The tokens that merging begins with.
+  std::vector<std::int32_t> units(std::string_view piece) const;
 
   std::unordered_map<std::string, std::int32_t> vocabulary_;
   std::vector<const std::string*> tokens_;               // by id
   std::unordered_map<std::string, std::int32_t> whole_;  // bytes -> id, where pieces that are tokens are not merged
   std::unordered_map<std::uint64_t, Merge> merges_;
-  std::array<std::int32_t, 256> byte_tokens_;  // -1: the vocabulary lacks the byte, which is dropped
+  std::array<std::int32_t, 256> byte_tokens_;  // of the bytes' characters; -1: the vocabulary lacks it
+  std::array<std::int32_t, 256> fallback_;     // of <0x00> to <0xFF>
+  bool byte_level_, fallback_for_unknown_ = false, fuse_unknown_ = false;
+  std::int32_t unknown_ = -1;  // stands for what nothing else does; -1: that is dropped
 };
 
 }  // namespace gptq_compile::detail

@@ -14,7 +14,8 @@
 
 namespace gptq_compile {
 
-// A tokenizer.json with byte-level BPE (GPT-2, SmolLM2, Llama 3, Qwen, ...); others are refused with the reason.
+// A tokenizer.json with byte-pair encoding, over bytes (GPT-2, SmolLM2, Llama 3, Qwen, ...) or over characters with
+// bytes to fall back on (Llama 2, Mistral, Gemma); others are refused with the reason.
 class Tokenizer {
  public:
   explicit Tokenizer(const std::string& path);
@@ -36,7 +37,7 @@ struct Options {
   std::string device;             // "cpu", "cuda" or "cuda:1"; by default what the artifact was compiled for
   std::int64_t cache_tokens = 0;  // tokens that the KV cache holds; 0: one context, if that takes at most 1 GiB (CPU)
                                   // or 60 % of the GPU's free memory
-  bool verify = true;  // check the sha256 of every file; the shared libraries are checked in any case
+  bool verify = true;             // check the sha256 of every file; the shared libraries are checked in any case
 };
 
 // How tokens are chosen and when generation ends.

@@ -25,48 +25,73 @@ bool flag(const Json& section, const char* name, bool otherwise, const std::stri
 
 }  // namespace
 
+std::string replaced(std::string_view text, const std::string& from, const std::string& to) {
+  std::string out;
+  std::size_t at = 0;
+  for (std::size_t found; !from.empty() && (found = text.find(from, at)) != std::string_view::npos;
+       at = found + from.size())
+    out.append(text.substr(at, found - at)).append(to);
+  return out.append(text.substr(at));
+}
+
 Normalizer::Normalizer(const Json* section, const std::string& where) {
-  if (section == nullptr || section->is_null()) return;
-  const std::string& type = type_of(*section, where + ", normalizer,");
+  if (section != nullptr && !section->is_null()) add(*section, where);
+}
+
+void Normalizer::add(const Json& section, const std::string& where) {
+  const std::string& type = type_of(section, where + ", normalizer,");
+  const auto text = [&](const Json& from, const char* name) {
+    return from.at(name, where).text(where + ", normalizer,");
+  };
   if (type == "NFC") {
-    nfc_ = true;
+    steps_.push_back({Kind::nfc, "", ""});
+  } else if (type == "Prepend") {
+    steps_.push_back({Kind::prepend, "", text(section, "prepend")});
+  } else if (type == "Replace" && section.at("pattern", where).find("String") != nullptr) {
+    steps_.push_back({Kind::replace, text(section.at("pattern", where), "String"), text(section, "content")});
   } else if (type == "Sequence") {
-    for (const Json& each : section->at("normalizers", where).list(where + ", normalizers,"))
-      nfc_ = Normalizer(&each, where).nfc_ || nfc_;
+    for (const Json& each : section.at("normalizers", where).list(where + ", normalizers,")) add(each, where);
   } else {
     refuse(where, "has a normalizer of type " + type);
   }
 }
 
 std::string Normalizer::apply(std::string_view text) const {
-  if (!nfc_) return std::string(text);
-  const std::vector<std::uint32_t> codes = nfc(code_points(text));
-  return to_utf8(codes, 0, codes.size());
+  std::string out(text);
+  for (const Step& step : steps_) {
+    if (step.kind == Kind::nfc) {
+      const std::vector<std::uint32_t> codes = nfc(code_points(out));
+      out = to_utf8(codes, 0, codes.size());
+    } else if (step.kind == Kind::replace) {
+      out = replaced(out, step.from, step.to);
+    } else if (!out.empty()) {
+      out.insert(0, step.to);
+    }
+  }
+  return out;
 }
 
 PreTokenizer::PreTokenizer(const Json* section, const std::string& where) {
-  if (section == nullptr || section->is_null()) refuse(where, "has no pre-tokenizer");
+  if (section == nullptr || section->is_null()) return;  // the whole text is one piece
   if (type_of(*section, where + ", pre_tokenizer,") != "Sequence") {
     add(*section, where, true);
     return;
   }
   const auto& all = section->at("pretokenizers", where).list(where + ", pretokenizers,");
-  if (all.empty()) refuse(where, "has no pre-tokenizer");
   for (const Json& each : all) add(each, where, &each == &all.back());
 }
 
 void PreTokenizer::add(const Json& section, const std::string& where, bool last) {
   const std::string& type = type_of(section, where + ", pre_tokenizer,");
   if (type == "ByteLevel" && last) {
+    byte_level_ = true;
     before_prefix_ = steps_.size();
     prefix_space_ = flag(section, "add_prefix_space", true, where);
     if (flag(section, "use_regex", true, where)) steps_.push_back({Regex(kGpt2), Keep::all});
-  } else if (type == "Split" && !last) {
+  } else if (type == "Split") {
     add_split(section, where);
-  } else if (type == "Digits" && !last) {
+  } else if (type == "Digits") {
     steps_.push_back({Regex(flag(section, "individual_digits", false, where) ? R"(\p{N})" : R"(\p{N}+)"), Keep::all});
-  } else if (last) {
-    refuse(where, "has a pre-tokenizer that ends in " + type + " and not in ByteLevel");
   } else {
     refuse(where, "has a pre-tokenizer of type " + type);
   }
@@ -78,6 +103,8 @@ void PreTokenizer::add_split(const Json& section, const std::string& where) {
   Keep keep = Keep::all;
   if (behavior == "Removed")
     keep = invert ? Keep::matches : Keep::gaps;
+  else if (behavior == "MergedWithPrevious" && !invert)
+    keep = Keep::merged;
   else if (behavior != "Isolated")
     refuse(where, "splits with the behavior " + behavior);
   const Json& pattern = section.at("pattern", where);
@@ -105,8 +132,12 @@ std::vector<std::string> PreTokenizer::split(std::string_view text) const {
       };
       std::size_t at = 0;
       for (const auto& [begin, end] : step.regex.matches(piece, 0, piece.size())) {
-        put(at, begin, step.keep != Keep::matches);
-        put(begin, end, step.keep != Keep::gaps);
+        if (step.keep == Keep::merged) {
+          put(at, end, true);
+        } else {
+          put(at, begin, step.keep != Keep::matches);
+          put(begin, end, step.keep != Keep::gaps);
+        }
         at = end;
       }
       put(at, piece.size(), step.keep != Keep::matches);

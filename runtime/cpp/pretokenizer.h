@@ -11,25 +11,34 @@
 
 namespace gptq_compile::detail {
 
-// None, NFC, or a sequence of those.
+// None, NFC, Prepend and Replace of a text, or a sequence of those.
 class Normalizer {
  public:
   Normalizer(const Json* section, const std::string& where);
   std::string apply(std::string_view text) const;
 
  private:
-  bool nfc_ = false;
+  enum class Kind { nfc, prepend, replace };
+  struct Step {
+    Kind kind;
+    std::string from, to;
+  };
+  void add(const Json& section, const std::string& where);
+  std::vector<Step> steps_;
 };
 
-// Splits a text into the pieces that are encoded by themselves: ByteLevel, at the end of a sequence of Split and
-// Digits.
+// Every occurrence of `from` replaced, from the left.
+std::string replaced(std::string_view text, const std::string& from, const std::string& to);
+
+// Splits a text into the pieces that are encoded by themselves: Split and Digits, and ByteLevel at the end or not.
 class PreTokenizer {
  public:
   PreTokenizer(const Json* section, const std::string& where);
   std::vector<std::string> split(std::string_view text) const;
+  bool byte_level() const { return byte_level_; }  // pieces are bytes; otherwise characters
 
  private:
-  enum class Keep { all, matches, gaps };  // which of the pieces remain
+  enum class Keep { all, matches, gaps, merged };  // which of the pieces remain; merged: a match ends the gap before it
   struct Step {
     Regex regex;
     Keep keep;
@@ -39,7 +48,7 @@ class PreTokenizer {
 
   std::vector<Step> steps_;
   std::size_t before_prefix_ = 0;  // steps that come before a space is put in front
-  bool prefix_space_ = false;
+  bool prefix_space_ = false, byte_level_ = false;
 };
 
 }  // namespace gptq_compile::detail

@@ -51,7 +51,8 @@ void compress_portable(State& state, const unsigned char* block) {
 }
 
 #if defined(__x86_64__)
-// The same with the processor's own instructions (Intel SDM, SHA256RNDS2, SHA256MSG1, SHA256MSG2), several times as fast.
+// The same with the processor's own instructions (Intel SDM, SHA256RNDS2, SHA256MSG1, SHA256MSG2), several times as
+// fast.
 __attribute__((target("sha,sse4.1,ssse3"))) void compress_native(State& state, const unsigned char* block) {
   const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);  // words are big-endian in the text
   // The instructions want the state as (a, b, e, f) and (c, d, g, h), high to low.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "added_tokens.h"
 #include "bpe.h"
+#include "decoder.h"
 #include "gptq_compile.h"
 #include "json.h"
 #include "pretokenizer.h"
@@ -15,17 +16,14 @@ struct Tokenizer::Impl {
       : normalizer(document.find("normalizer"), path),
         pre_tokenizer(document.find("pre_tokenizer"), path),
         added(document.find("added_tokens"), normalizer, path),
-        bpe(document.at("model", path), path) {
-    const Json* decoder = document.find("decoder");
-    const bool has = decoder != nullptr && !decoder->is_null();
-    const std::string type = has ? decoder->at("type", path).text(path + ", decoder,") : "none";
-    if (type != "ByteLevel") detail::refuse(path, "has a decoder of type " + type);
-  }
+        bpe(document.at("model", path), pre_tokenizer.byte_level(), path),
+        decoder(document.find("decoder"), path) {}
 
   detail::Normalizer normalizer;
   detail::PreTokenizer pre_tokenizer;
   detail::AddedTokens added;
   detail::Bpe bpe;
+  detail::Decoder decoder;
 };
 
 Tokenizer::Tokenizer(const std::string& path) : impl_(std::make_unique<Impl>(Json::read(path), path)) {}
@@ -47,15 +45,14 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text) const {
 }
 
 std::string Tokenizer::decode(const std::vector<std::int32_t>& ids, bool skip_special_tokens) const {
-  std::string bytes, part;
+  std::vector<std::string> tokens;
   for (const std::int32_t id : ids) {
     if (skip_special_tokens && impl_->added.is_special(id)) continue;
     const std::string* token = impl_->added.token(id);
     if (token == nullptr) token = impl_->bpe.token(id);
-    if (token == nullptr) continue;
-    bytes += detail::ByteAlphabet::get().bytes_of(*token, part) ? part : *token;
+    if (token != nullptr) tokens.push_back(*token);
   }
-  return detail::valid_utf8(bytes);
+  return impl_->decoder.decode(std::move(tokens));
 }
 
 }  // namespace gptq_compile

@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[Any, Any, bool]] = {
     "o200k": (NFC, pre_tokenizers.Sequence([split(O200K), byte_level(False)]), True),
     "cl100k": (None, pre_tokenizers.Sequence([split(CL100K, "removed", True), byte_level(False)]), False),
     "deepseek": (None, pre_tokenizers.Sequence([*map(split, DEEPSEEK), byte_level(False)]), False),
+    "merged": (None, pre_tokenizers.Sequence([split(r"[-\s]", "merged_with_previous"), byte_level(False)]), False),
     "words": (None, pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), byte_level(False)]), False),
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<mask>", "<r>", "<tool>", "<|im", "\n\n\n"]
@@ -129,6 +130,49 @@ def test_same_tokens_and_text(kind: str, driver: Any, tmp_path: pathlib.Path) ->
     assert driver("encode", long) == ",".join(map(str, tokenizer.encode(long, add_special_tokens=False).ids))
 
 
+REPLACE = normalizers.Replace(" ", "\u2581")
+SENTENCEPIECE: dict[str, tuple[Any, Any, Any]] = {
+    # Llama 2, Mistral: a space in front of every text, which decoding takes away.
+    "llama2": (normalizers.Sequence([normalizers.Prepend("\u2581"), REPLACE]), None, decoders.Strip(" ", 1, 0)),
+    # Gemma: nothing in front.
+    "gemma": (REPLACE, pre_tokenizers.Split(" ", "merged_with_previous"), None),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+@pytest.mark.parametrize("unknown", ["bytes", "fused", "single"])
+def test_characters_with_bytes_to_fall_back_on(kind: str, unknown: str, driver: Any, tmp_path: pathlib.Path) -> None:
+    normalizer, pre_tokenizer, strip = SENTENCEPIECE[kind]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps if strip is None else [*steps, strip])
+    bytes_ = [f"<0x{b:02X}>" for b in range(256 if unknown == "bytes" else 0x90)]
+    text = [line for k in sorted(pydoc_data.topics.topics)[:6] for line in pydoc_data.topics.topics[k].splitlines()]
+    tokenizer.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=900, show_progress=False, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    )
+    document = json.loads(tokenizer.to_str())
+    document["added_tokens"] = [t for t in document["added_tokens"] if not t["content"].startswith("<0x")]
+    document["model"] |= {"byte_fallback": unknown != "single", "fuse_unk": unknown == "fused"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document))
+    tokenizer = Tokenizer.from_file(str(path))
+    assert driver("tokenizer", path) == "ok"
+    rng = random.Random(kind)
+    for i in range(250):
+        text_ = random_text(rng) + rng.choice(["", "<s>", " <s> a", "</s>\u2581"])
+        ids = tokenizer.encode(text_, add_special_tokens=False).ids
+        assert driver("encode", text_) == (",".join(map(str, ids)) or "-"), ascii(text_)
+        if i % 2:
+            ids = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(rng.randrange(8))]
+        for skip in (False, True):
+            decoded = tokenizer.decode(ids, skip_special_tokens=skip)
+            assert driver("decode", skip, ids) == (decoded.encode().hex() or "-"), ids
+
+
 def test_streamed_pieces_are_those_of_the_python_runtime(driver: Any, tmp_path: pathlib.Path) -> None:
     from gptq_compile.runtime import tokenizer as python
 
@@ -179,13 +223,13 @@ def test_tables_are_those_of_the_library(driver: Any) -> None:
     "changes",
     [
         {"model__type": "WordPiece"},
-        {"model__byte_fallback": True},
-        {"model__unk_token": "<unk>"},
+        {"model__dropout": 0.1},
+        {"model__continuing_subword_prefix": "##"},
         {"model__end_of_word_suffix": "</w>"},
         {"normalizer": {"type": "NFKC"}},
         {"decoder": {"type": "Metaspace"}},
         {"decoder": None},
-        {"pre_tokenizer": None},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "a+"}, "content": "b"}},
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}},
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"}, {"type": "ByteLevel"}]}},
         {
