@@ -89,11 +89,11 @@ class PagedCache:
             )
         return self._row(self._pool.take(need))
 
-    def known(self, ids: Ids[int]) -> int:
+    def known(self, ids: Ids[int] | np.ndarray) -> int:
         """Tokens at the beginning of ``ids`` that are in the cache."""
         return len(self._pool.find(ids)) * self.page_size
 
-    def admit(self, ids: Ids[int], tokens: int) -> tuple[np.ndarray, int] | None:
+    def admit(self, ids: Ids[int] | np.ndarray, tokens: int) -> tuple[np.ndarray, int] | None:
         """Takes pages for a sequence that begins with ``ids``, sharing those that hold its beginning already.
 
         Args:
@@ -121,7 +121,7 @@ class PagedCache:
         row[have : have + max(add, 0)] = self._pool.take(max(add, 0))
         return add > 0
 
-    def record(self, row: np.ndarray, ids: Ids[int]) -> None:
+    def record(self, row: np.ndarray, ids: Ids[int] | np.ndarray) -> None:
         """Says that a row holds ``ids``, so that other sequences with this beginning can share its full pages."""
         self._pool.record(ids, row.tolist())
 

@@ -20,17 +20,15 @@ from gptq_compile.runtime.errors import ArtifactError, ContextError, LogitsError
 from gptq_compile.runtime.ffi import load_runtime
 from gptq_compile.runtime.hosted import Constraint
 from gptq_compile.runtime.manifest import Manifest
-from gptq_compile.runtime.prefill import Chunk, run_forward
 from gptq_compile.runtime.sampling import SamplingSettings, stop_strings
-from gptq_compile.runtime.scheduler import PREFILL_TOKENS, Scheduler
+from gptq_compile.runtime.scheduler import Scheduler
+from gptq_compile.runtime.scoring import log_likelihood, predictions
 from gptq_compile.runtime.sequence import GenerationResult, Sequence
 from gptq_compile.runtime.stream import TextStream
 from gptq_compile.runtime.tokenizer import Tokenizer
 from gptq_compile.runtime.vm import Model
 
 log = logging.getLogger(__name__)
-
-_LOGITS_BYTES = 128 << 20  # most bytes of logits that one call of logits() or nll() makes on the device
 
 
 class Engine:
@@ -226,35 +224,56 @@ class Engine:
         Returns:
             float64 [n - 1]; entry i is -log p(ids[i + 1] | ids[:i + 1]). Perplexity is exp(mean).
         """
-        tokens = self._token_ids(ids)
+        return -self.score(ids, 1)[0]
+
+    def score(self, ids: Ids[int] | np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray]:
+        """How likely the tokens from ``begin`` on are after those before them; what the cache knows is not computed.
+
+        Args:
+            ids: token ids [n], taken as they are.
+            begin: the first token to score, 1 or more.
+
+        Returns:
+            Log-likelihoods in nats, float64 [n - begin], and whether each token was the most likely one, bool.
+
+        Raises:
+            ContextError: if they do not fit into the context.
+            RequestError: if there is nothing to score, or a token is outside the vocabulary.
+        """
+        tokens = self._token_ids(ids, check_context=False)
         if len(tokens) < 2:
             raise RequestError("A text needs two tokens at least to have a likelihood.")
-        result = np.empty(len(tokens) - 1, "float64")
-        for begin, block in self._teacher_forced(tokens[:-1], step=False):
-            for i in range(0, len(block), 64):
-                rows = block[i : i + 64].astype("float64")
-                at = begin + i
-                peak = rows.max(axis=1)
-                total = np.log(np.exp(rows - peak[:, None]).sum(axis=1)) + peak
-                result[at : at + len(rows)] = total - rows[np.arange(len(rows)), tokens[at + 1 : at + 1 + len(rows)]]
-        return result
+        if not 1 <= begin < len(tokens):
+            raise RequestError(f"Token {begin} is not one of {len(tokens)} that have others before them.")
+        known, wanted = self._token_ids(tokens[:-1]), tokens[begin:]
+        likelihood, best = np.empty(len(wanted), "float64"), np.empty(len(wanted), bool)
+        with self.scheduler.lock, self._device.stream():
+            admitted = self.cache.admit(known[: begin - 1], len(known))
+            row, done = admitted if admitted is not None else (self.cache.allocate(len(known)), 0)
+            try:
+                for at, rows in self._predictions(known, row, done, begin - 1):
+                    targets = wanted[at : at + len(rows)]
+                    best[at : at + len(rows)] = rows.argmax(axis=1) == targets
+                    likelihood[at : at + len(rows)] = log_likelihood(rows, targets)
+                self.cache.record(row, known)
+            finally:
+                self.cache.release(row)
+        return likelihood, best
+
+    def _predictions(
+        self, ids: np.ndarray, row: np.ndarray, done: int = 0, first: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        vocab = self.manifest.vocab_size
+        return predictions(self._device, self._model, self.cache, vocab, ids, row, done, first)
 
     def _teacher_forced(self, tokens: np.ndarray, step: bool) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (first position, logits float32 [rows, vocab]) in order."""
         with self.scheduler.lock, self._device.stream():
             row = self.cache.allocate(len(tokens))
             try:
-                yield from (self._by_steps(tokens, row) if step else self._by_chunks(tokens, row))
+                yield from (self._by_steps(tokens, row) if step else self._predictions(tokens, row))
             finally:
                 self.cache.release(row)
-
-    def _by_chunks(self, tokens: np.ndarray, row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        size = max(1, min(PREFILL_TOKENS, _LOGITS_BYTES // (4 * self.manifest.vocab_size)))
-        for begin in range(0, len(tokens), size):
-            chunk = Chunk(self.cache)
-            chunk.add(tokens[begin : begin + size], begin, row)
-            chunk.want_all()
-            yield begin, self._device.download(run_forward(self._device, self._model, self.cache, chunk))
 
     def _by_steps(self, tokens: np.ndarray, row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         size = min(self._model.decode)

@@ -53,7 +53,7 @@ class PagePool:
             pages.append(page)
         return pages
 
-    def find(self, ids: Sequence[int]) -> list[int]:
+    def find(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """The pages that hold the longest known beginning of ``ids``; nothing is taken."""
         pages: list[int] = []
         before = _ROOT
@@ -75,7 +75,7 @@ class PagePool:
         """How many of these pages are kept, so that sharing them makes fewer available."""
         return sum(page in self._kept for page in pages)
 
-    def record(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+    def record(self, ids: Sequence[int] | np.ndarray, pages: Sequence[int]) -> None:
         """Says that ``pages`` hold ``ids`` from the beginning; a last page that is not full is left out."""
         before = _ROOT
         for key, page in zip(self._blocks(ids), pages, strict=False):
@@ -104,7 +104,7 @@ class PagePool:
             self._free.append(page)
         self._kept.clear()
 
-    def _blocks(self, ids: Sequence[int]) -> Iterable[bytes]:
+    def _blocks(self, ids: Sequence[int] | np.ndarray) -> Iterable[bytes]:
         array = np.asarray(ids, "int32")
         for begin in range(0, len(array) - self._size + 1, self._size):
             yield array[begin : begin + self._size].tobytes()

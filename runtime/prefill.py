@@ -41,9 +41,9 @@ class Chunk:
         """Asks for the logits of the last token added."""
         self._logit_rows.append(self.tokens - 1)
 
-    def want_all(self) -> None:
-        """Asks for the logits of every token."""
-        self._logit_rows = list(range(self.tokens))
+    def want_from(self, first: int) -> None:
+        """Asks for the logits of the ``first`` token of the call and of all after it."""
+        self._logit_rows = list(range(first, self.tokens))
 
     def arrays(self, padded: int) -> list[np.ndarray]:
         """(input_ids, positions, seq_of_token, slots, page_table, logit_rows), padded to ``padded`` tokens.

@@ -49,10 +49,13 @@ class Tokenizer:
         self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         self._byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt; the beginning-of-sequence token is put first where the model wants it, once."""
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Tokens of a prompt; the beginning-of-sequence token is put first where the model wants it, once.
+
+        ``begin`` False leaves it out: the text continues another.
+        """
         ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        if self._first is not None and ids[:1] != [self._first]:
+        if begin and self._first is not None and ids[:1] != [self._first]:
             ids.insert(0, self._first)
         return ids
 

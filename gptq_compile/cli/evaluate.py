@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from gptq_compile.eval.perplexity import Perplexity, perplexity
 from gptq_compile.eval.text import dataset_text, read_text
 from gptq_compile.runtime.engine import Engine
 from gptq_compile.runtime.errors import RequestError
+from gptq_compile.runtime.manifest import read_manifest
 
 _PLAIN_SECONDS = 5.0
 
@@ -26,17 +29,26 @@ def main(argv: Sequence[str]) -> int:
     p = Parser(
         prog="gptq-compile eval",
         description="Perplexity of the compiled model: non-overlapping windows without a beginning-of-sequence token,\n"
-        "exp of the mean negative log-likelihood of every token of a window but the first.",
+        "exp of the mean negative log-likelihood of every token of a window but the first.\n"
+        "Or, with --tasks, tasks of EleutherAI's lm-evaluation-harness: pip install 'gptq-compile[eval]'.",
     )
     p.add_argument("artifact", metavar="OUT", help="the folder that gptq-compile wrote")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", help="a text file, or .jsonl with a text field")
     source.add_argument("--dataset", metavar="NAME", help="a datasets name as NAME[:CONFIG][:SPLIT] (split: test)")
+    source.add_argument("--tasks", metavar="T,T,...", help="tasks of lm-evaluation-harness")
+    tasks = p.add_argument_group("with --tasks")
+    tasks.add_argument("--include-path", metavar="DIR", help="a folder with tasks of your own (YAML files)")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the context (default: the task's)")
+    tasks.add_argument("--limit", type=float, metavar="N", help="the first N documents; below 1 a share of them")
+    tasks.add_argument("--apply-chat-template", action="store_true", help="put every context into the chat template")
     p.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default: 1024)")
     p.add_argument("--windows", type=int, metavar="N", help="score the first N windows only (default: all)")
     p.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
     add_engine_arguments(p)
     arguments = p.parse_args(argv)
+    if arguments.tasks is not None:
+        return _tasks(arguments)
     text = read_text(arguments.text) if arguments.text is not None else dataset_text(arguments.dataset)
     with load_engine(arguments) as engine:
         ids = tokenize(engine, text)
@@ -51,6 +63,23 @@ def main(argv: Sequence[str]) -> int:
         json_line({"event": "done", "model": name, "text": origin, "seconds": seconds, **dataclasses.asdict(result)})
     else:
         print(_sentence(name, result, seconds))
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    # Before the model is loaded: a missing package shows at once.
+    from gptq_compile.lm_eval import CompiledLM, evaluate, table
+
+    largest = max(read_manifest(pathlib.Path(arguments.artifact) / "manifest.json").decode)
+    with load_engine(arguments, max_batch=largest) as engine:
+        results = evaluate(
+            CompiledLM(engine=engine), arguments.tasks.split(","), include_path=arguments.include_path,
+            num_fewshot=arguments.num_fewshot, limit=arguments.limit, chat=arguments.apply_chat_template,
+        )  # fmt: skip
+        if arguments.json:
+            json_line({"event": "done", "model": engine.manifest.name, "results": results["results"]})
+        else:
+            print(table(results))
     return 0
 
 

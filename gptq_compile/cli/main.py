@@ -26,7 +26,10 @@ COMMANDS = {
     "run": ("gptq_compile.cli.run", "generate text with a compiled model"),
     "chat": ("gptq_compile.cli.chat", "talk to a compiled model"),
     "serve": ("gptq_compile.cli.serve", "OpenAI's routes and a chat page over a compiled model"),
-    "eval": ("gptq_compile.cli.evaluate", "perplexity of a compiled model on a text"),
+    "eval": (
+        "gptq_compile.cli.evaluate",
+        "perplexity of a compiled model on a text, or tasks of lm-evaluation-harness",
+    ),
     "bench": ("gptq_compile.cli.bench", "tokens a second, time to the first token and kernel times on this machine"),
     "inspect": ("gptq_compile.cli.inspect", "what is in a compiled model, and how well each layer was quantized"),
     "embed": ("gptq_compile.cli.embed", "write the C++ sources that run a compiled model without Python"),
@@ -96,6 +99,8 @@ def explain(error: Exception) -> str | None:
         return "The package onnx is not installed, and exporting to ONNX needs it: pip install 'gptq-compile[onnx]'."
     if isinstance(error, ModuleNotFoundError) and error.name in ("fastapi", "starlette", "pydantic", "uvicorn"):
         return f"The package {error.name} is not installed, and serving needs it: pip install 'gptq-compile[serve]'."
+    if isinstance(error, ModuleNotFoundError) and error.name == "lm_eval":
+        return "The package lm_eval is not installed, and tasks need it: pip install 'gptq-compile[eval]'."
     if isinstance(error, MemoryError):
         return "There is not enough memory. Use a smaller model, fewer --nsamples or a shorter --seqlen."
     if isinstance(error, OSError) and error.filename is not None:

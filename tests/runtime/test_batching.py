@@ -116,6 +116,24 @@ def test_logprobs(engine: Engine, toy: ModuleType) -> None:
         greedy(engine, prompt, logprobs=-1)
 
 
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_score(engine: Engine, toy: ModuleType, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("gptq_compile.runtime.scoring.PREFILL_TOKENS", chunk)
+    logits = toy.reference_logits(LONG, toy.toy_weights())[:-1]
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = expected[np.arange(49), LONG[1:]]
+    best = logits.argmax(axis=1) == LONG[1:]
+    for begin in (1, 49, 30, 33, 34, 16, 17):  # whatever of it the cache knows by then
+        likelihood, greedy_ones = engine.score(LONG, begin)
+        np.testing.assert_allclose(likelihood, expected[begin - 1 :], atol=5e-5)
+        np.testing.assert_array_equal(greedy_ones, best[begin - 1 :])
+    answer = greedy(engine, LONG[:20], 9).token_ids
+    assert engine.score(LONG[:20] + answer, 20)[1].all()
+    for begin in (0, 50, -1):
+        with pytest.raises(RequestError, match="not one of 50"):
+            engine.score(LONG, begin)
+
+
 class Cycle:
     """Allows one token after the other, again and again."""
 

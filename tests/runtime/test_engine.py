@@ -44,7 +44,7 @@ def test_logits(engine: Engine, toy: ModuleType, step: bool, count: int) -> None
 def test_logits_in_small_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(np.random.default_rng(0), 70)
     whole = engine.logits(ids)
-    monkeypatch.setattr("gptq_compile.runtime.engine.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("gptq_compile.runtime.scoring.PREFILL_TOKENS", 7)
     np.testing.assert_array_equal(engine.logits(np.array(ids)), whole)
 
 
