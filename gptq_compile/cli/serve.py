@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
         shown = f"[{host}]" if ":" in host else host
         note_line(f"{settings.model} on {engine.device}: http://{shown}:{port}/ (Ctrl-C ends it)")
         config = uvicorn.Config(
-            create_app(engine, settings), log_level="warning", lifespan="on", timeout_graceful_shutdown=5, timeout_keep_alive=75,
+            create_app(engine, settings), log_level="warning", lifespan="on", timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,  # longer than clients keep a connection, or a request may meet a closing one
             limit_concurrency=4 * settings.max_queue + 64, server_header=False,
         )  # fmt: skip
         server = uvicorn.Server(config)
