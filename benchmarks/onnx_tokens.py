@@ -4,7 +4,7 @@
     python benchmarks/onnx_tokens.py smollm2-onnx smollm2-onnx:4 smollm2-custom --threads 2 --rounds 5
 
 After a colon stands MatMulNBits's accuracy level (4: activations in 8 bits), which is otherwise as exported. A model
-that has a library of operators is run with it. Threads that wait spin, as by default, for the wall time; the CPU time of
+that has a library of operators is run with it. Threads that wait spin, as by default, for the wall time; CPU time of
 a token is measured with threads that sleep, and depends less on what else the machine does.
 """
 
