@@ -6,29 +6,21 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from gptq_compile.cli import compile as compiling
 from gptq_compile.cli.parser import Parser
-from gptq_compile.errors import ConfigError
 
 _EPILOG = """\
 examples:
   gptq-compile export-onnx HuggingFaceTB/SmolLM2-135M-Instruct --wbits 4 -o smollm2-onnx
+  gptq-compile export-onnx ./smollm2 -o smollm2-onnx      (compiled for the CPU: takes its weights as they are)
   gptq-compile export-onnx ./model --wbits 3 --group-size 64 --calibration text.jsonl -o model-onnx
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    from gptq_compile.artifact.writer import is_artifact
-
     arguments = parser().parse_args(argv)
-    if is_artifact(Path(arguments.model)):
-        raise ConfigError(
-            f"{arguments.model} is a compiled model, which no longer has the graph; export the model it was made from "
-            "(`gptq-compile inspect` names it) with the same settings."
-        )
     arguments.format, arguments.target = "onnx", "cpu"  # quantization is the same for every target
     options = compiling.to_options(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see compile.main

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptq_compile.checkpoint import artifact
 from gptq_compile.checkpoint import config as gptq_config
+from gptq_compile.checkpoint.artifact import ArtifactCheckpoint
 from gptq_compile.checkpoint.config import GptqConfig
 from gptq_compile.checkpoint.reader import QuantizedCheckpoint, transposed_weights
 from gptq_compile.errors import ModelError
@@ -185,15 +187,21 @@ def _short_name(model: str, path: Path) -> str:
 
 def _load_folder(folder: Path, source: str, name: str, trust_remote_code: bool) -> ModelSource:
     config = load_config(folder, trust_remote_code)
+    compiled = artifact.read_settings(folder)
     quantization = gptq_config.parse(getattr(config, "quantization_config", None), folder)
     if hasattr(
         config, "quantization_config"
     ):  # the model is traced as the float one, and its config is written as such
         del config.quantization_config
     skeleton = _skeleton(config)
-    checkpoint = Checkpoint(folder)
-    if quantization is not None:
+    checkpoint: Checkpoint
+    if compiled is not None:
+        checkpoint = ArtifactCheckpoint(folder, compiled)
+        quantization = checkpoint.config
+    elif quantization is not None:
         checkpoint = QuantizedCheckpoint(folder, quantization, transposed_weights(skeleton))
+    else:
+        checkpoint = Checkpoint(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     files = tokenizer_files(tokenizer, folder)
     origins: dict[str, str] = {}

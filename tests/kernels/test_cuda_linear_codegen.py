@@ -250,8 +250,9 @@ def test_nvcc_makes_tiles_without_spills(bits, arch, group, rows, tmp_path):
         pytest.skip("3-bit rows are packed 32 codes at a time")
     case = _quant_case(bits, group, 4096, 4096, rows)
     func = select(case, CUDA, quant_linear.KERNELS).kernel.prim_func(case, CUDA)
-    # To stay at 64 registers ptxas spills one (3 bits, groups of 32, 8 rows).
-    assert _spill_free(cuda_emulator.cuda_source(func, CUDA), arch, tmp_path, allowed=4)
+    # To stay within launch bounds ptxas spills one register (3 bits, groups of 32, 8 rows: 64 of them) or two (4 bits,
+    # groups of 128, any number of rows: the division for up to 32 of them, in 128).
+    assert _spill_free(cuda_emulator.cuda_source(func, CUDA), arch, tmp_path, allowed=8)
 
 
 @needs_nvcc

@@ -38,7 +38,8 @@ def test_mixed_bits_compute_what_the_dequantized_model_computes(
     with gptq_compile.Engine.load(out) as engine:
         for step in (False, True):
             got = engine.logits(ids, step=step).astype("float64")
-            assert np.square(got - wanted).sum() <= 1e-9 * np.square(wanted).sum()
+            allowed = 1e-6 if step else 1e-9  # steps round activations to 16 bits, layer after layer
+            assert np.square(got - wanted).sum() <= allowed * np.square(wanted).sum()
     assert main(["inspect", str(out)]) == 0
     assert "bits a weight on average" in capsys.readouterr().out
 

@@ -114,14 +114,6 @@ def test_an_op_without_a_form_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_artifact_is_refused_with_the_way_out(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "compiled").mkdir()
-    (tmp_path / "compiled" / "manifest.json").write_text(json.dumps({"format": "gptq-compile"}))
-    assert main(["export-onnx", str(tmp_path / "compiled"), "-o", str(tmp_path / "out")]) == 2
-    assert "is a compiled model" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_custom_operators_run_with_their_library(
     exported: pathlib.Path, tiny_model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
