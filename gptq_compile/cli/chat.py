@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
         if engine.manifest.chat is None:
             raise RequestError("This model has no chat template. Use `gptq-compile run` with a plain prompt.")
         if sys.stdin.isatty():
+            # Started in the background of a script, a process is told to ignore Ctrl-C, and so would input() be.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (input() then edits lines and remembers them)
         chat = Conversation(engine, settings(engine, arguments), arguments.system)
