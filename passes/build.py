@@ -85,7 +85,7 @@ def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> Bu
             kept as they are, the others get a default one. A Relax function's attribute ``tir_var_upper_bound``
             (name of a symbolic dimension -> largest value) lets its temporaries be planned statically. The result of
             a ``call_tir_inplace`` must be used or returned.
-        target: What to emit code for.
+        target: What to emit code for; one of its ``variants``.
         out: The library's path; replaced atomically.
         fast_math: Let nvcc approximate divisions and transcendental functions, and flush denormals.
 
@@ -98,6 +98,8 @@ def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> Bu
     """
     started = time.perf_counter()
     out = Path(out)
+    if len(target.variants) > 1:
+        raise BuildError(f"One library holds code for one processor, not for {target}. Build each of its variants.")
     cc = require_cc()
     nvcc = None
     if target.kind == "cuda":

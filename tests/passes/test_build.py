@@ -315,3 +315,8 @@ def test_softmax_computes_its_exponentials_once() -> None:
         builder.emit_func_output(builder.emit(tvm.relax.op.nn.softmax(x, axis=-1)))
     text = lowered_functions(builder.get(), Target.parse("cpu"))["softmax"].script()
     assert text.count("T.exp(") == 1 and "T.parallel(n)" in text, text
+
+
+def test_one_library_is_for_one_processor(tmp_path):
+    with pytest.raises(BuildError, match="Build each of its variants"):
+        build(Sample, Target.parse("cpu:x86-64-v3,x86-64-v4"), tmp_path / "model.so")
