@@ -6,7 +6,7 @@ perplexity is exp(mean negative log-likelihood). Runs the traced program's refer
 
     python benchmarks/quality.py MODEL --text wiki.test.txt --calibration ids.npy --device cuda \\
         --setting wbits=4 group_size=128 act_order=false token_weighting=none \\
-        --setting wbits=4 group_size=128 tune_epochs=6
+        --setting wbits=4 group_size=128 tune_epochs=4 tune_nsamples=192
 
 Besides the fields of QuantizeConfig a setting takes ``draw`` (another order of the calibration sequences), ``scales``
 and ``rounded_rows`` (see ``as_reference``).
@@ -19,6 +19,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +38,7 @@ from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.tune_scales import TuneScales
+from gptq_compile.self_text import text_to_tune_on
 
 
 @torch.no_grad()
@@ -149,6 +151,7 @@ def main() -> None:
             parse_setting(line.split()) for line in args.settings_file.read_text().splitlines() if line.strip()
         ]
     print(f"FP {perplexity(base.clone(), windows, args.device):.3f}", flush=True)
+    texts: dict[tuple[int, int], torch.Tensor] = {}
     for setting in settings:
         program = base.clone()
         start = time.perf_counter()
@@ -162,7 +165,14 @@ def main() -> None:
             step.run(program)
         seconds = time.perf_counter() - start
         solve = sum(r.seconds for r in step.reports)
-        tune = TuneScales(step.config, base, calibration, args.device, note=lambda text: print(text, flush=True))
+        note = partial(print, flush=True)
+        tokens = calibration
+        if config.tune_nsamples:
+            key = (config.tune_nsamples, config.seed + config.nsamples)
+            if key not in texts:
+                texts[key] = torch.from_numpy(text_to_tune_on(source, config, calibration.shape[1], args.device, note))
+            tokens = torch.cat([calibration, texts[key]])
+        tune = TuneScales(step.config, base, tokens, args.device, note)
         tune.run(program)
         tuning = round(time.perf_counter() - start - seconds, 1)
         ppl = perplexity(program, windows, args.device)

@@ -19,7 +19,7 @@ from gptq_compile.artifact.files import StagedFolder
 from gptq_compile.artifact.model_folder import is_model
 from gptq_compile.artifact.tensors import HEADER_BYTES
 from gptq_compile.artifact.writer import ArtifactWriter
-from gptq_compile.calibration import SELF, CalibrationConfig, load_calibration
+from gptq_compile.calibration import SELF, load_calibration
 from gptq_compile.checkpoint.settings import settled
 from gptq_compile.checkpoint.writer import write_checkpoint
 from gptq_compile.frontend.source import ModelSource, load_source
@@ -175,6 +175,10 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         if calibrated and not from_text:
             with clock("calibrate"):
                 calibration = torch.from_numpy(_calibration(source, options, progress, work))
+        tuned_on = calibration
+        if options.quantize.tune_nsamples and calibration is not None:  # before anything that could be lost
+            with clock("text"):
+                tuned_on = _with_text_to_tune_on(calibration, source, options, progress, work)
         with clock("quantize"):
             if work.solutions:
                 progress.note(f"{len(work.solutions)} linears were finished by an earlier run and are taken over.")
@@ -191,7 +195,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             manager.run([quantize], program)
         if options.quantize.tune_epochs:
             with clock("tune"):
-                tune = TuneScales(options.quantize, original, calibration, options.resolved_device, progress.note)
+                tune = TuneScales(options.quantize, original, tuned_on, options.resolved_device, progress.note)
                 manager.run([tune], program)
         if options.dequantized is not None:
             with clock("dequantize"):
@@ -320,12 +324,23 @@ def _quantizer(
     )
 
 
+def _with_text_to_tune_on(
+    calibration: torch.Tensor, source: ModelSource, options: CompileOptions, progress: Progress, work: Work
+) -> torch.Tensor:
+    """The calibration sequences, and those that the model writes for tuning."""
+    from gptq_compile.self_text import text_to_tune_on
+
+    seqlen, device = calibration.shape[1], options.resolved_device
+    written = text_to_tune_on(source, options.quantize, seqlen, device, progress.note, work.remember)
+    return torch.cat([calibration, torch.from_numpy(written)])
+
+
 def _calibration(source: ModelSource, options: CompileOptions, progress: Progress, work: Work) -> Any:
-    from gptq_compile.self_text import generator
+    from gptq_compile.self_text import generator, settings_for
 
     config = options.quantize
     seqlen = min(config.seqlen, source.context_length)
-    settings = CalibrationConfig(nsamples=config.nsamples, seqlen=seqlen, seed=config.seed)
+    settings = settings_for(config.nsamples, seqlen, config.seed, options.resolved_device)
     generate = None
     if options.calibration == SELF:
         total = config.nsamples * seqlen

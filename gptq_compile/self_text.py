@@ -6,18 +6,49 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gptq_compile.calibration import Generate
+from gptq_compile.calibration import CalibrationConfig, Generate, self_generated
 from gptq_compile.errors import CalibrationError, ModelError
 from gptq_compile.frontend.source import ModelSource
+from gptq_compile.passes.gptq.config import QuantizeConfig
 
 log = logging.getLogger(__name__)
 
 _NOTE_EVERY = 128  # steps
+_ON_GPU = 128  # sequences at a time; a step of a few takes a GPU as long
+
+
+def settings_for(nsamples: int, seqlen: int, seed: int, device: str) -> CalibrationConfig:
+    """What to write, with the number of sequences at a time that suits a device."""
+    settings = CalibrationConfig(nsamples=nsamples, seqlen=seqlen, seed=seed)
+    return settings if torch.device(device).type == "cpu" else replace(settings, batch=_ON_GPU)
+
+
+def text_to_tune_on(
+    source: ModelSource,
+    config: QuantizeConfig,
+    seqlen: int,
+    device: str,
+    note: Callable[[str], None],
+    remember: Callable[[Generate], Generate] = lambda generate: generate,
+) -> NDArray[np.int64]:
+    """The sequences that are tuned on besides those for calibration; int64 ``[config.tune_nsamples, seqlen]``.
+
+    Args:
+        source: the original model. ``config``: how many, and the seed.
+        seqlen: tokens of one.
+        device: where the model runs. ``note``: told now and then how far it is.
+        remember: wraps the sampler, to keep what was written.
+    """
+    # Seeds of batches count up from here; those of calibration text end below.
+    settings = settings_for(config.tune_nsamples, seqlen, config.seed + config.nsamples, device)
+    generate = remember(generator(source, device, config.tune_nsamples * seqlen, note))
+    return self_generated(source.tokenizer, settings, source.vocab_size, generate)
 
 
 def generator(source: ModelSource, device: str, total: int, note: Callable[[str], None]) -> Generate:
@@ -45,11 +76,24 @@ def generator(source: ModelSource, device: str, total: int, note: Callable[[str]
             made = begin + len(prompts) * step
             if step % _NOTE_EVERY == 0 or step == count:
                 left = (time.monotonic() - start) / (made - begin) * (total - made)
-                note(f"wrote {made} of {total} calibration tokens, about {left:.0f} s left")
+                note(f"wrote {made} of {total} tokens, about {left:.0f} s left")
 
-        return _sample(model, torch.from_numpy(prompts).to(device), count, seed, tell).cpu().numpy()
+        return _fitting(model, torch.from_numpy(prompts).to(device), count, seed, tell).cpu().numpy()
 
     return generate
+
+
+def _fitting(
+    model: torch.nn.Module, prompts: torch.Tensor, count: int, seed: int, tell: Callable[[int], None]
+) -> torch.Tensor:
+    """`_sample`, in halves where the keys and values of all sequences do not fit into memory."""
+    try:
+        return _sample(model, prompts, count, seed, tell)
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([_fitting(model, half, count, seed + i, tell) for i, half in enumerate(prompts.chunk(2))])
 
 
 def _materialize(source: ModelSource, device: str) -> torch.nn.Module:

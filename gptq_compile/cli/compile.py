@@ -213,7 +213,14 @@ def add_quantization(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="then tune scales and norm weights on the calibration tokens, N times through, so that predictions match "
-        f"the original model's; 6 is good, and costs no bits (default: {default['tune_epochs']})",
+        f"the original model's; 4 to 6 is good, and costs no bits (default: {default['tune_epochs']})",
+    )
+    group.add_argument(
+        "--tune-nsamples",
+        type=int,
+        metavar="N",
+        help="tune on N sequences that the original model writes as well; four times --nsamples is good (default: "
+        f"{default['tune_nsamples']})",
     )
 
 

@@ -28,6 +28,7 @@ STAGES = {
     "trace": "tracing",
     "raise": "recognising ops",
     "calibrate": "making calibration sequences",
+    "text": "letting the model write text to tune on",
     "quantize": "quantizing",
     "tune": "tuning scales",
     "dequantize": "writing the dequantized model",

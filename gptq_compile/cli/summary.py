@@ -55,7 +55,9 @@ def plan_table(plan: Plan, options: CompileOptions) -> Table:
         order += [f"token weighting by {q.token_weighting}"] if q.token_weighting != "none" else []
         _row(table, "method", f"GPTQ, {', '.join(order)}, damp {q.damp:g}, sequential {q.sequential}")
         if q.tune_epochs:
-            _row(table, "then", f"scales and norm weights tuned on the calibration tokens, {q.tune_epochs} epochs")
+            written = f" and {q.tune_nsamples} sequences that the model writes" if q.tune_nsamples else ""
+            what = f"scales and norm weights tuned on the calibration tokens{written}, {q.tune_epochs} epochs"
+            _row(table, "then", what)
         tokens = min(q.seqlen, plan.context_length)
         source = "text the model generates" if options.calibration == "self" else options.calibration
         _row(table, "calibration", f"{q.nsamples} x {tokens} tokens, {source}, seed {q.seed}")

@@ -85,7 +85,7 @@ class Work:
         import torch
 
         settings = {
-            **{name: value for name, value in options.quantize.as_dict().items() if name != "tune_epochs"},
+            **{name: value for name, value in options.quantize.as_dict().items() if not name.startswith("tune_")},
             "calibration": options.calibration,
             "device": torch.device(options.resolved_device).type,
             "gptq-compile": __version__,

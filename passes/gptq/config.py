@@ -58,6 +58,8 @@ class QuantizeConfig:
             a GPU the type that the model's config names (float32 if it names none).
         tune_epochs: Passes over the calibration sequences in which scales and norm weights are tuned end to end after
             all codes are fixed, see `passes/tune_scales.py`; 0 leaves them as they were solved.
+        tune_nsamples: Sequences that the original model writes itself, as long as those for calibration, to tune on
+            besides them: no scale gets a gradient of its own from few tokens.
         min_zero: Smallest zero point of asymmetric grids: 0, or 1 for checkpoints that store zero points minus 1.
     """
 
@@ -82,6 +84,7 @@ class QuantizeConfig:
     max_ppl_increase: float | None = None
     compute_dtype: str = "auto"
     tune_epochs: int = 0
+    tune_nsamples: int = 0
     min_zero: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +125,12 @@ class QuantizeConfig:
             raise ConfigError(f"tune_epochs is {self.tune_epochs!r}; use a whole number of at least 0.")
         if self.tune_epochs and self.method != "gptq":
             raise ConfigError("tune_epochs tunes scales on calibration tokens, so the method must be gptq.")
+        if not _is_int(self.tune_nsamples) or self.tune_nsamples < 0:
+            raise ConfigError(f"tune_nsamples is {self.tune_nsamples!r}; use a whole number of at least 0.")
+        if self.tune_nsamples and not self.tune_epochs:
+            raise ConfigError(
+                "tune_nsamples is text that scales are tuned on, but nothing is tuned; give tune_epochs as well, as 4."
+            )
 
         if not _is_int(self.min_zero) or self.min_zero not in (0, 1):
             raise ConfigError(f"min_zero is {self.min_zero!r}; the smallest zero point is 0 or 1.")

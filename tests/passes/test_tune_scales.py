@@ -260,8 +260,12 @@ def test_it_needs_calibration_tokens_and_gptq(original: Program, quantized: Prog
     for bad in (-1, 1.5, True):
         with pytest.raises(ConfigError, match="tune_epochs is"):
             QuantizeConfig(tune_epochs=bad)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="tune_nsamples is"):
+            QuantizeConfig(tune_epochs=1, tune_nsamples=bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="must be gptq"):
         QuantizeConfig(method="rtn", tune_epochs=1)
+    with pytest.raises(ConfigError, match="nothing is tuned"):
+        QuantizeConfig(tune_nsamples=1)
 
 
 @pytest.mark.parametrize("name", ["opt", "gemma3_text", "qwen3_moe", "gpt_oss"])

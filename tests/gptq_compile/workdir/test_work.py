@@ -88,6 +88,24 @@ def test_scales_are_tuned_from_kept_solves_as_from_new_ones(
     assert len(said[0]) == 3 and said[0] == said[1]
 
 
+def test_text_to_tune_on_is_written_once(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gptq_compile import self_text
+
+    folder = copied(interrupted, tmp_path)
+    tuned = ["--tune-epochs", "1", "--tune-nsamples", "10", "--stop-after", "tune_scales", "--json", "--resume"]
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in range(2):  # the second run takes the solves and the text over
+            assert main(command(folder, *tuned)) == 0
+            events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+            said.append([e["text"] for e in events if e["event"] == "note" and e["text"].startswith("tuning:")])
+            patch.setattr(self_text, "_sample", lambda *_: pytest.fail("written again"))
+    assert said[0] == said[1] and len(said[0]) == 3
+    with WorkFolder(folder / "work", resume=True) as work:
+        sizes = [len(work.read(name) or b"") for name in work.names("text ")]
+    assert sizes == [8 * 8 * 31, 8 * 2 * 31]  # 8 sequences at a time, the first token of each is given
+
+
 def test_what_changed_is_named(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(interrupted, tmp_path)
     assert main(command(folder, "--resume", "--wbits", "3", "--damp", "0.2")) == 2
