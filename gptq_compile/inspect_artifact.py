@@ -70,7 +70,7 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
     Raises:
         ArtifactError: if it is incomplete or not what was written.
     """
-    manifest = Artifact(folder, verify).manifest
+    manifest = Artifact(folder, verify, again=True).manifest
     sizes: Counter[str] = Counter()
     for name, entry in manifest.files.items():
         sizes[_part(name, manifest.library)] += entry.size

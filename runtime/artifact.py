@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 
+from gptq_compile.runtime import verified
 from gptq_compile.runtime.errors import ArtifactError
 from gptq_compile.runtime.manifest import Manifest, Weight, read_manifest
 from gptq_compile.runtime.safetensors import SafetensorsFile
@@ -17,13 +18,15 @@ from gptq_compile.runtime.safetensors import SafetensorsFile
 class Artifact:
     """A validated artifact folder; nothing in it has been executed."""
 
-    def __init__(self, folder: str | os.PathLike[str], verify: bool = True) -> None:
+    def __init__(self, folder: str | os.PathLike[str], verify: bool = True, again: bool = False) -> None:
         """Reads the manifest and checks every file it lists.
 
         Args:
             folder: what ``gptq-compile`` wrote.
-            verify: compare the sha256 of every file. Otherwise only of the shared libraries, which will be
-                executed, and the sizes of the others.
+            verify: compare the sha256 of every file; a large one that had the right hash before and was not touched
+                since (`verified`) is not read. Otherwise only of the shared libraries, which will be executed, and
+                the sizes of the others.
+            again: read the large ones too.
 
         Raises:
             ArtifactError: naming the file or field that is wrong.
@@ -32,7 +35,7 @@ class Artifact:
         if not self.folder.is_dir():
             raise ArtifactError(f"{self.folder} is not a folder. Give the folder that gptq-compile wrote.")
         self.manifest: Manifest = read_manifest(self.folder / "manifest.json")
-        self._check_files(verify)
+        self._check_files(verify, again)
         self._safetensors: dict[str, SafetensorsFile] = {}
         self._check_weights()
 
@@ -44,7 +47,7 @@ class Artifact:
         """Returns one weight as a memory-mapped array (bfloat16 as uint16)."""
         return self._safetensors[weight.file].array(weight.name)
 
-    def _check_files(self, verify: bool) -> None:
+    def _check_files(self, verify: bool, again: bool) -> None:
         root = self.folder.resolve()
         # The loader looks for dependencies in lib/, so what lies there unlisted could be executed unchecked.
         for path in sorted(self.folder.glob("lib/*")):
@@ -63,18 +66,26 @@ class Artifact:
                     "Copy the artifact again."
                 )
         for name, entry in self.manifest.files.items():
-            if verify or _is_library(name):
-                path = self.folder / name
-                try:
-                    with path.open("rb") as f:
-                        digest = hashlib.file_digest(f, "sha256").hexdigest()
-                except OSError as error:
-                    raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from error
-                if digest != entry.sha256:
-                    raise ArtifactError(
-                        f"{path} is not the file that was compiled (sha256 {digest[:12]}..., expected "
-                        f"{entry.sha256[:12]}...). Copy the artifact again; nothing of it was executed."
-                    )
+            library = _is_library(name)
+            if not (verify or library):
+                continue
+            path = self.folder / name
+            small = library or entry.size < verified.SMALLEST
+            if not (small or again) and verified.is_known(path, entry.sha256):
+                continue
+            try:
+                with path.open("rb") as f:
+                    before = os.fstat(f.fileno())
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()
+            except OSError as error:
+                raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from error
+            if digest != entry.sha256:
+                raise ArtifactError(
+                    f"{path} is not the file that was compiled (sha256 {digest[:12]}..., expected "
+                    f"{entry.sha256[:12]}...). Copy the artifact again; nothing of it was executed."
+                )
+            if not small:
+                verified.remember(path, digest, before)
 
     def _check_weights(self) -> None:
         for weight in self.manifest.weights:

@@ -75,7 +75,8 @@ class Engine:
             max_batch: most sequences that run together.
             cache_tokens: capacity of the KV cache; by default ``max_batch`` full contexts, if they fit into 1 GiB of
                 memory or 60 % of the GPU's free memory.
-            verify: check the sha256 of every file. The shared libraries are checked in any case.
+            verify: check the sha256 of every file, of large ones only if they were touched since they were last found
+                right. The shared libraries are checked in any case.
 
         Raises:
             ArtifactError: if a file is missing, malformed or not the one that was written.

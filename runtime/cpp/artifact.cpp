@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "sha256.h"
+#include "verified.h"
 
 namespace gptq_compile::detail {
 
@@ -190,12 +191,16 @@ void Artifact::check_files(bool verify) const {
                                ": it is truncated or was replaced. Copy the artifact again.");
   }
   for (const auto& [name, file] : manifest_.files) {
-    if (!verify && !is_library(name)) continue;
+    const bool library = is_library(name), small = library || file.size < kSmallestNoted;
+    if (!verify && !library) continue;
+    if (!small && is_known(path(name), file.sha256)) continue;
+    const std::string before = file_state(path(name));
     const MappedFile content(path(name));
     if (sha256(content.data(), content.size()) != file.sha256)
       throw std::runtime_error(path(name) +
                                " is not the file that was compiled: its sha256 differs. Copy the artifact " +
                                "again; nothing of it was executed.");
+    if (!small) remember(path(name), file.sha256, before);
   }
 }
 

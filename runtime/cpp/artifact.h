@@ -47,8 +47,9 @@ struct Manifest {
 // A validated artifact; nothing in it has been executed.
 class Artifact {
  public:
-  // Reads the manifest and checks every file it lists: sizes, and sha256 of all files or, without `verify`, of the
-  // shared libraries only, which will be executed. Throws std::runtime_error naming the file or field that is wrong.
+  // Reads the manifest and checks every file it lists: sizes, and sha256 of all files (of large ones that had the right
+  // one before, only if they were touched since: verified.h) or, without `verify`, of the shared libraries only, which
+  // will be executed. Throws std::runtime_error naming the file or field that is wrong.
   Artifact(const std::string& folder, bool verify);
 
   const Manifest& manifest() const { return manifest_; }

@@ -37,7 +37,8 @@ struct Options {
   std::string device;             // "cpu", "cuda" or "cuda:1"; by default what the artifact was compiled for
   std::int64_t cache_tokens = 0;  // tokens that the KV cache holds; 0: one context, if that takes at most 1 GiB (CPU)
                                   // or 60 % of the GPU's free memory
-  bool verify = true;             // check the sha256 of every file; the shared libraries are checked in any case
+  bool verify = true;             // check the sha256 of every file, of large ones only if they were touched since they
+                                  // were last found right; the shared libraries are checked in any case
 };
 
 // How tokens are chosen and when generation ends.

@@ -7,6 +7,7 @@ import json
 import pathlib
 import random
 import subprocess
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptq_compile.runtime import verified
 from gptq_compile.runtime.engine import Engine
 from gptq_compile.runtime.sequence import GenerationResult
 
@@ -207,6 +209,31 @@ def test_damaged_artifacts_are_refused(start: Callable[[], Any], artifact: pathl
     refused("libextra.so is not in the manifest's list of files")
     (copy / "lib" / "libextra.so").unlink()
     assert "compiled for cpu and cannot run on cuda" in driver("load", copy, 0, False, "cuda")
+
+
+def test_large_files_are_hashed_once(
+    start: Callable[[], Any],
+    copy: pathlib.Path,
+    toy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (copy / "large.bin").write_bytes(bytes(verified.SMALLEST))
+    toy.write_manifest(copy, toy.manifest())
+    digest = json.loads((copy / "manifest.json").read_text())["files"]["large.bin"]["sha256"]
+    time.sleep(2.1)  # younger files are not noted
+    driver = start()
+    assert not verified.is_known(copy / "large.bin", digest)
+    assert driver("load", copy, 96, True).startswith("toy")
+    assert verified.is_known(copy / "large.bin", digest), "Python does not understand the note that C++ wrote"
+    with (copy / "large.bin").open("r+b") as f:
+        f.write(b"x")
+    assert "large.bin is not the file that was compiled" in driver("load", copy, 96, True)
+    info = (copy / "large.bin").stat()
+    note = next((tmp_path / "cache").rglob(f"{digest}-*"))
+    note.write_text(f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}\n")
+    assert driver("load", copy, 96, True).startswith("toy"), "the note was not looked at"
 
 
 def test_malformed_manifests_are_refused(start: Callable[[], Any], copy: pathlib.Path) -> None:
