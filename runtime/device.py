@@ -34,6 +34,7 @@ class CpuDevice:
 
     kind = "cpu"
     depth = 1  # decode steps in flight
+    prefill_tokens = 512  # of one call of `forward` at most
     handle: ctypes.c_void_p | None = None  # of the stream
 
     def __init__(self) -> None:
@@ -148,6 +149,7 @@ class CudaDevice(CpuDevice):
 
     kind = "cuda"
     depth = 4
+    prefill_tokens = 1024
     handle: ctypes.c_void_p
 
     def __init__(self, driver: cuda.Driver, index: int) -> None:

@@ -25,7 +25,6 @@ from gptq_compile.runtime.prefill import Chunk, run_forward
 from gptq_compile.runtime.sequence import Sequence
 from gptq_compile.runtime.vm import Model, first_line
 
-PREFILL_TOKENS = 512
 GROWTH_TOKENS = 256  # taken at once: decoding stops launching ahead when a row has used its pages up
 
 
@@ -173,7 +172,7 @@ class Scheduler:
         for sequence in self._prefilling:
             assert sequence.page_row is not None
             ids = sequence.cached_ids
-            count = min(len(ids) - sequence.prefilled, PREFILL_TOKENS - chunk.tokens)
+            count = min(len(ids) - sequence.prefilled, self._device.prefill_tokens - chunk.tokens)
             if count <= 0:
                 break
             end = sequence.prefilled + count

@@ -10,7 +10,6 @@ import numpy as np
 from gptq_compile.runtime.cache import PagedCache
 from gptq_compile.runtime.device import CpuDevice
 from gptq_compile.runtime.prefill import Chunk, run_forward
-from gptq_compile.runtime.scheduler import PREFILL_TOKENS
 from gptq_compile.runtime.vm import Model
 
 _LOGITS_BYTES = 128 << 20  # most bytes of logits that one call makes on the device
@@ -36,9 +35,10 @@ def predictions(
     Yields:
         (i, logits float32 [rows, vocab]): predictions after ids[first + i] and those that follow, in order.
     """
-    wanted = max(1, min(PREFILL_TOKENS, _LOGITS_BYTES // (4 * vocab)))
+    most = device.prefill_tokens
+    wanted = max(1, min(most, _LOGITS_BYTES // (4 * vocab)))
     while done < len(ids):
-        size = PREFILL_TOKENS if done + PREFILL_TOKENS <= first else wanted
+        size = most if done + most <= first else wanted
         chunk = Chunk(cache)
         chunk.add(ids[done : done + size], done, row)
         skip = min(max(first - done, 0), chunk.tokens)

@@ -169,7 +169,7 @@ def build_stream(case: Case, target: Target, config: stream.Config | None = None
             ir.launch_thread("blockIdx.x", blocks),
             ir.launch_thread("threadIdx.x", 32 * config.tiles * config.splits),
         ):
-            shared = ir.alloc_buffer((stream.shared_bytes(shape, config),), "uint8", scope="shared.dyn")
+            shared = ir.alloc_buffer((stream.launch_bytes(shape, config, target.archs),), "uint8", scope="shared.dyn")
             run(name, source, tensors, shared.access_ptr("rw"))
     return launch.dependent(f.result()) if shape.dependent else f.result()
 

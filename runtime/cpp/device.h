@@ -40,7 +40,8 @@ class Device {
   virtual ~Device() = default;
 
   virtual std::string description() const;
-  virtual std::size_t depth() const { return 1; }  // decode steps in flight
+  virtual std::size_t depth() const { return 1; }              // decode steps in flight
+  virtual std::int64_t prefill_tokens() const { return 512; }  // most tokens of one call of `forward`
   virtual std::vector<Value> vm_devices() const;   // (type, index, allocator) triples, the processor last
   // Bytes of KV cache that may be allocated without being asked for.
   virtual std::size_t cache_budget() const;

@@ -79,6 +79,7 @@ class CudaDevice : public Device {
            std::to_string(major) + std::to_string(minor) + ")";
   }
   std::size_t depth() const override { return kDepth; }
+  std::int64_t prefill_tokens() const override { return 1024; }
   std::vector<Value> vm_devices() const override {
     std::vector<Value> values = {std::int64_t{kCuda}, std::int64_t{gpu_->index}, kPooledAllocator};
     for (const Value& value : Device::vm_devices()) values.push_back(value);

@@ -63,9 +63,9 @@ void Engine::Impl::check_ids(const std::vector<std::int32_t>& ids) const {
 detail::Value Engine::Impl::prefill(const std::vector<std::int32_t>& ids, const std::vector<std::int32_t>& page_row) {
   detail::Value logits;
   const auto size = static_cast<std::int64_t>(ids.size());
-  for (std::int64_t begin = 0; begin < size; begin += detail::kPrefillTokens)
+  for (std::int64_t begin = 0; begin < size; begin += device->prefill_tokens())
     logits = detail::run_forward(*device, *model, *cache, ids.data() + begin,
-                                 std::min(detail::kPrefillTokens, size - begin), begin, page_row, false);
+                                 std::min(device->prefill_tokens(), size - begin), begin, page_row, false);
   return logits;
 }
 
@@ -157,8 +157,8 @@ std::vector<float> Engine::logits(const std::vector<std::int32_t>& ids) {
   const detail::StreamScope stream(*impl_->device);
   const std::vector<std::int32_t> row = impl_->cache->allocate(count);
   try {
-    for (std::int64_t begin = 0; begin < count; begin += detail::kPrefillTokens) {
-      const std::int64_t size = std::min(detail::kPrefillTokens, count - begin);
+    for (std::int64_t begin = 0; begin < count; begin += impl_->device->prefill_tokens()) {
+      const std::int64_t size = std::min(impl_->device->prefill_tokens(), count - begin);
       const detail::Value logits =
           detail::run_forward(*impl_->device, *impl_->model, *impl_->cache, ids.data() + begin, size, begin, row, true);
       if (logits.tensor_bytes() != static_cast<std::size_t>(size) * vocab * sizeof(float))

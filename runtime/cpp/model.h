@@ -57,6 +57,4 @@ Value run_forward(Device& device, const Model& model, const PagedCache& cache, c
                   std::int64_t count, std::int64_t first_position, const std::vector<std::int32_t>& page_row,
                   bool every_row);
 
-constexpr std::int64_t kPrefillTokens = 512;  // most tokens of one call of `forward`
-
 }  // namespace gptq_compile::detail

@@ -356,3 +356,14 @@ def test_divisions_fit_in_shared_memory(k, n, rows, archs):
             assert stream.shared_bytes(shape, config) < limit
             assert config.depth >= 2 and config.splits <= shape.units
             assert config.tiles * config.splits * 32 <= 1024
+
+
+@pytest.mark.parametrize(("archs", "together"), [(("sm_90",), 228), (("sm_90a",), 228), (("sm_120",), 100)])
+@pytest.mark.parametrize(("k", "n"), [(4096, 28672), (14336, 4096), (576, 192)])
+def test_two_blocks_of_overlapping_launches_do_not_fit_on_a_multiprocessor(k, n, archs, together):
+    grouping = Grouping.of(4, k, 128)
+    config = stream.choose(stream.Shape(1, n, grouping, False), archs)
+    apart, overlapping = (stream.Shape(1, n, grouping, False, dependent=value) for value in (False, True))
+    asked = stream.launch_bytes(overlapping, config, archs)
+    assert 2 * (asked + 1024) > together * 1024 and asked < together * 1024
+    assert stream.launch_bytes(apart, config, archs) == stream.shared_bytes(apart, config)

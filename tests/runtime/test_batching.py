@@ -118,7 +118,7 @@ def test_logprobs(engine: Engine, toy: ModuleType) -> None:
 
 @pytest.mark.parametrize("chunk", [5, 512])
 def test_score(engine: Engine, toy: ModuleType, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("gptq_compile.runtime.scoring.PREFILL_TOKENS", chunk)
+    monkeypatch.setattr("gptq_compile.runtime.device.CpuDevice.prefill_tokens", chunk)
     logits = toy.reference_logits(LONG, toy.toy_weights())[:-1]
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     expected = expected[np.arange(49), LONG[1:]]

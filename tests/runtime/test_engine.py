@@ -44,7 +44,7 @@ def test_logits(engine: Engine, toy: ModuleType, step: bool, count: int) -> None
 def test_logits_in_small_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(np.random.default_rng(0), 70)
     whole = engine.logits(ids)
-    monkeypatch.setattr("gptq_compile.runtime.scoring.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("gptq_compile.runtime.device.CpuDevice.prefill_tokens", 7)
     np.testing.assert_array_equal(engine.logits(np.array(ids)), whole)
 
 
@@ -126,7 +126,7 @@ def test_a_batch_of_n_is_n_singles(engine: Engine, settings: dict[str, Any]) -> 
 
 def test_prefill_in_chunks_across_sequences(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = engine.generate(PROMPTS, 12)
-    monkeypatch.setattr("gptq_compile.runtime.scheduler.PREFILL_TOKENS", 9)
+    monkeypatch.setattr("gptq_compile.runtime.device.CpuDevice.prefill_tokens", 9)
     assert engine.generate(PROMPTS, 12) == whole
 
 
