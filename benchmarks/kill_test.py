@@ -109,7 +109,7 @@ def _kill_and_resume(
     again = [p.name for p, t in solves.items() if p.stat().st_mtime_ns != t]
     if len(again) > len(solves) - named:
         problems.append(f"solved twice: {again}")
-    known = {"out", "work", "out.report.html", "killed.log", "resumed.log"}
+    known = {"out", "work", "killed.log", "resumed.log"}
     if left := [p.name for p in folder.iterdir() if p.name not in known] + [p.name for p in work.rglob("*.writing")]:
         problems.append(f"left behind: {left}")
     return {
@@ -169,8 +169,8 @@ class Run:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of every file below a folder."""
-    files = (p for p in folder.rglob("*") if p.is_file())
+    """Name -> sha256 of every file below a folder but the report, in which there are times."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "report.html")
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

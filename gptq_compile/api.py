@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from gptq_compile.checkpoint.settings import settled
 from gptq_compile.checkpoint.writer import write_checkpoint
 from gptq_compile.frontend.source import ModelSource, load_source
 from gptq_compile.frontend.trace import trace
+from gptq_compile.inspect_artifact import inspect_artifact
 from gptq_compile.options import CHECKPOINTS, CompileOptions
 from gptq_compile.passes.adopt_codes import AdoptCodes
 from gptq_compile.passes.budget import BudgetedQuantize, Footprint
@@ -34,8 +35,9 @@ from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.tune_scales import TuneScales
 from gptq_compile.plan import Plan, make_plan
-from gptq_compile.report.page import write_report
+from gptq_compile.report.page import page, write_report
 from gptq_compile.report.record import Recorder
+from gptq_compile.runtime.trace import Trace
 from gptq_compile.workdir.work import Work
 
 log = logging.getLogger(__name__)
@@ -112,15 +114,18 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     """
     with (
         Work.open(None if dry_run else options.work_dir, options.resume) as work,
-        Recorder(progress or Silent()) as recorder,
+        Trace(options.trace) as trace,
+        Recorder(progress or Silent(), trace) as recorder,
     ):
         result = _compile(options, recorder, dry_run, work)
         if result.out is not None:
-            write_report(options.report_path, result, recorder)
+            made = inspect_artifact(result.out) if options.format == "artifact" else None
+            write_report(options.report_paths, page(result, recorder, made))
+            result = replace(result, size=_size(result.out))
         return result
 
 
-def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: Work) -> CompileResult:
+def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: Work) -> CompileResult:
     clock = _Clock(progress)
     target, dtype = options.resolved_target, options.resolved_dtype
     overwrite = options.overwrite or work.claimed(options.out)
@@ -162,7 +167,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
             f"Passes are not validated by running the model: it has more than {_VALIDATE_PARAMETERS // 10**6} million "
             "weights."
         )
-    manager = _Manager(options, small)
+    manager = _Manager(options, small, progress)
     quantize: GptqQuantize | AdoptCodes | None = None
     try:
         with clock("raise"):
@@ -235,7 +240,7 @@ def _compile(options: CompileOptions, progress: Progress, dry_run: bool, work: W
         with clock("kernels"):
             lowered = lower_to_relax(program, target, options.batch_buckets)
         with clock("build"):
-            built = build(lowered.module, target, writer.place("model.so"))
+            built = build(lowered.module, target, writer.place("model.so"), on_step=progress.build_step)
         with clock("write"):
             for path in copy_runtime_libraries(target, writer.place("lib/x").parent):
                 log.debug("library %s", path)
@@ -265,11 +270,14 @@ def _result(
     manager: _Manager,
     program: Program,
 ) -> CompileResult:
-    size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
     tuning = program.attrs.get("tuning")
     return CompileResult(
-        options.out, plan, clock.seconds, quantize.reports, manager.records, size, tuning, options.format
+        options.out, plan, clock.seconds, quantize.reports, manager.records, _size(options.out), tuning, options.format
     )
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 class _Clock:
@@ -290,8 +298,8 @@ class _Clock:
 class _Manager:
     """Runs parts of the pipeline through one PassManager each, with dumps numbered across all of them."""
 
-    def __init__(self, options: CompileOptions, validate: bool) -> None:
-        self.options, self.validate = options, options.validate and validate
+    def __init__(self, options: CompileOptions, validate: bool, recorder: Recorder) -> None:
+        self.options, self.validate, self.recorder = options, options.validate and validate, recorder
         self.records: list[PassRecord] = []
 
     def run(self, passes: Any, program: Program) -> None:
@@ -304,6 +312,8 @@ class _Manager:
             first_index=len(self.records),
             stop_after=stop if stop in names else None,
             reproducer=self.options.reproducer,
+            on_pass=self.recorder.pass_begins,
+            on_text=self.recorder.pass_ends,
         )
         manager.run(program)
         self.records += manager.records

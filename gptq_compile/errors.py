@@ -25,7 +25,15 @@ class PassError(GptqCompileError):
 
 
 class NoKernelError(GptqCompileError):
-    """No registered kernel implements a case; the message lists every kernel's refusal."""
+    """No registered kernel implements a case; the message lists every kernel's refusal.
+
+    Attributes:
+        refused: (kernel, reason) of each kernel of the op; empty if the target has none.
+    """
+
+    def __init__(self, message: str, refused: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class BuildError(GptqCompileError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptq_compile.report.stored import stored_figures
 from gptq_compile.runtime.artifact import Artifact
 from gptq_compile.runtime.manifest import Manifest
 
@@ -32,6 +33,57 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Cases of one op for which the same kernel was taken for the same reasons.
+
+    Attributes:
+        op: what is computed. ``kernel``: that computes it.
+        cases: what exactly: shapes, types, rows.
+        calls: entry -> how often it calls the kernel; empty for artifacts made before this was counted.
+        refused: (kernel, why) of each faster one.
+    """
+
+    op: str
+    kernel: str
+    cases: tuple[str, ...]
+    calls: Mapping[str, int]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def where(self) -> str:
+        """The calls in words."""
+        return counted(self.calls)
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """The refusals in words: one sentence for all kernels that gave the same reason."""
+        reasons: dict[str, list[str]] = {}
+        for kernel, reason in self.refused:
+            reasons.setdefault(reason, []).append(kernel)
+        return tuple(f"{', '.join(kernels)}: {reason}" for reason, kernels in reasons.items())
+
+
+def counted(calls: Mapping[str, int]) -> str:
+    """Entry -> count in words: ``210 in forward, decode_1, 2, 4; 1 in sample``."""
+    entries: dict[int, list[str]] = {}
+    for entry, count in calls.items():
+        names = entries.setdefault(count, [])
+        batch = entry.removeprefix("decode_")
+        names.append(batch if batch != entry and any(n.startswith("decode_") for n in names) else entry)
+    return "; ".join(f"{count} in {', '.join(names)}" for count, names in entries.items())
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """What one pass took; ``changed`` the program or not, ``nodes`` before and after."""
+
+    name: str
+    seconds: float
+    changed: bool
+    nodes: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """An artifact in numbers.
 
@@ -42,6 +94,11 @@ class Inspection:
         layers: one a quantized linear, in the order they were solved.
         kernels: kernel -> cases it was picked for.
         refused: case -> (kernel that refused -> why).
+        choices: the same, equal ones together.
+        together: the same for ops that one kernel could have computed together, and that have a kernel each.
+        translated: op that TVM makes kernels for -> entry -> how often it stands there.
+        passes: what each pass took; ``build``: step from the lowered module to the library -> seconds. Both are read
+            from the report in the folder, and empty without one.
         cache_bytes_per_token: KV cache of one token over all layers.
     """
 
@@ -52,6 +109,11 @@ class Inspection:
     layers: tuple[LayerError, ...]
     kernels: Mapping[str, tuple[str, ...]]
     refused: Mapping[str, Mapping[str, str]]
+    choices: tuple[Choice, ...]
+    together: tuple[Choice, ...]
+    translated: Mapping[str, Mapping[str, int]]
+    passes: tuple[PassTime, ...]
+    build: Mapping[str, float]
     cache_bytes_per_token: int
 
     @property
@@ -85,6 +147,7 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
         kernels.setdefault(str(chosen.get("kernel")), []).append(case)
         if reasons := _mapping(chosen.get("refused")):
             refused[case] = {str(k): str(v) for k, v in reasons.items()}
+    figures = stored_figures(Path(folder))
     return Inspection(
         folder=Path(folder),
         manifest=manifest,
@@ -93,7 +156,41 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
         layers=tuple(_layer(entry) for entry in _mapping(manifest.raw.get("quantization")).get("layers", [])),
         kernels={k: tuple(v) for k, v in kernels.items()},
         refused=refused,
+        choices=_choices(manifest.raw.get("kernels")),
+        together=_choices(
+            {case: {"refused": why} for case, why in _mapping(manifest.raw.get("refused_together")).items()}
+        ),
+        translated={op: _counts(calls) for op, calls in _mapping(manifest.raw.get("translated")).items()},
+        passes=tuple(_pass(p) for p in _list(figures.get("passes"))),
+        build={k: _number(v) or 0.0 for k, v in _mapping(figures.get("build")).items()},
         cache_bytes_per_token=manifest.cache_bytes_per_token,
+    )
+
+
+def _choices(kernels: Any) -> tuple[Choice, ...]:
+    """Cases of a section of the manifest, grouped by op, kernel and refusals; ops in the order of their first cases."""
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], tuple[list[str], Counter[str]]] = {}
+    for case, value in _mapping(kernels).items():
+        choice = _mapping(value)
+        refused = tuple((str(k), str(why)) for k, why in _mapping(choice.get("refused")).items())
+        key = (case.partition("(")[0], str(choice.get("kernel")), refused)
+        cases, calls = groups.setdefault(key, ([], Counter()))
+        cases.append(case)
+        calls.update(_counts(choice.get("calls")))
+    found = [Choice(op, kernel, tuple(c), dict(n), refused) for (op, kernel, refused), (c, n) in groups.items()]
+    order = list(dict.fromkeys(choice.op for choice in found))
+    return tuple(sorted(found, key=lambda choice: order.index(choice.op)))
+
+
+def _counts(value: Any) -> dict[str, int]:
+    return {k: int(_number(v) or 0) for k, v in _mapping(value).items()}
+
+
+def _pass(value: Any) -> PassTime:
+    v = _mapping(value)
+    before, after = (int(_number(v.get(k)) or 0) for k in ("nodes_before", "nodes_after"))
+    return PassTime(
+        str(v.get("name", "?")), _number(v.get("seconds")) or 0.0, v.get("modified") is True, (before, after)
     )
 
 
@@ -123,6 +220,10 @@ def _layer(entry: Any) -> LayerError:
 def _number(value: Any) -> float | None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

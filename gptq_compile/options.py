@@ -10,6 +10,7 @@ from typing import Any
 from gptq_compile.errors import ConfigError
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.report.stored import REPORT
 
 DTYPES = ("float32", "float16")
 CHECKPOINTS = ("gptq", "gptq_v2")
@@ -37,7 +38,9 @@ class CompileOptions:
         batch_buckets: batch sizes that get a decode entry of their own.
         device: where torch quantizes; by default CUDA where torch has it.
         dequantized: also write a Hugging Face folder with the dequantized weights here.
-        report: HTML file that says what was done; by default OUT.report.html, beside the artifact.
+        report: HTML file that says what was done. An artifact has one inside, and this one is a copy; beside what is
+            made in other formats it is OUT.report.html by default.
+        trace: file for Perfetto that says what was done when.
         work_dir: folder where finished solves and calibration text are kept while the run goes on. ``resume``: go on
             with what is there.
         validate: run the program's reference before and after every pass and compare.
@@ -62,6 +65,7 @@ class CompileOptions:
     device: str | None = None
     dequantized: Path | None = None
     report: Path | None = None
+    trace: Path | None = None
     work_dir: Path | None = None
     resume: bool = False
     validate: bool = True
@@ -121,9 +125,12 @@ class CompileOptions:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
-    def report_path(self) -> Path:
+    def report_paths(self) -> tuple[Path, ...]:
         """Where the report goes, with the default filled in."""
-        return self.report or self.out.absolute().with_name(f"{self.out.absolute().name}.report.html")
+        inside = [self.out / REPORT] if self.format == "artifact" else []
+        out = self.out.absolute()
+        outside = self.report or (None if inside else out.with_name(f"{out.name}.report.html"))
+        return (*inside, *([] if outside is None else [outside]))
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that decide the result, as plain values."""

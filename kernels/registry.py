@@ -181,4 +181,4 @@ def select(case: Case, target: Target, kernels: tuple[Kernel, ...] | None = None
         known = ", ".join(sorted({kernel.op for kernel in candidates})) or "none"
         raise NoKernelError(f"No kernel of target {target} implements {case.op!r}. Known ops: {known}.")
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused)
-    raise NoKernelError(f"No kernel of target {target} implements {case}:{reasons}")
+    raise NoKernelError(f"No kernel of target {target} implements {case}:{reasons}", tuple(refused))

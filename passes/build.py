@@ -41,7 +41,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ from gptq_compile.passes.default_schedule import KeepKernels, ScheduleLeftovers
 
 logger = logging.getLogger(__name__)
 
+_CODE = "generating code"
 _CALLBACK = "tvm_callback_cuda_compile"
 _callback_lock = threading.Lock()
 
@@ -77,7 +78,13 @@ class BuildInfo:
     archs: tuple[str, ...]
 
 
-def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> BuildInfo:
+OnStep = Callable[[str | None], None]
+"""Is told each step of a build when it starts, and None after the last."""
+
+
+def build(
+    mod: Any, target: Target, out: Path, *, fast_math: bool = False, on_step: OnStep = lambda _: None
+) -> BuildInfo:
     """Compiles a Relax module into one shared library.
 
     Args:
@@ -88,6 +95,7 @@ def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> Bu
         target: What to emit code for; one of its ``variants``.
         out: The library's path; replaced atomically.
         fast_math: Let nvcc approximate divisions and transcendental functions, and flush denormals.
+        on_step: is told what is done: TVM's passes by their names, code generation, nvcc, linking.
 
     Returns:
         What was built.
@@ -107,7 +115,8 @@ def build(mod: Any, target: Target, out: Path, *, fast_math: bool = False) -> Bu
         require_cuda_codegen()
     with _scratch_beside(out) as scratch:
         library = scratch / out.name
-        _emit(mod, target, nvcc, cc, library, scratch, fast_math)
+        _emit(mod, target, nvcc, cc, library, scratch, fast_math, on_step)
+        on_step(None)
         found = tuple(archs_in(library)) if target.kind == "cuda" else target.archs
         missing = [arch for arch in target.archs if arch not in found]
         if missing:
@@ -150,13 +159,23 @@ def relax_passes(target: Target) -> list[Any]:
     ]
 
 
-def _emit(mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, scratch: Path, fast_math: bool) -> None:
+def _emit(
+    mod: Any,
+    target: Target,
+    nvcc: Nvcc | None,
+    cc: Path,
+    library: Path,
+    scratch: Path,
+    fast_math: bool,
+    on_step: OnStep,
+) -> None:
     """Lowers, generates code and links ``library``; failures come out as this project's errors."""
     tvm_target = target.tvm()
     failures: list[GptqCompileError] = []
-    compile_cuda = _cuda_compiler(nvcc, target.archs, scratch, fast_math, failures) if nvcc else None
+    compile_cuda = _cuda_compiler(nvcc, target.archs, scratch, fast_math, failures, on_step) if nvcc else None
 
     def link(output: str, objects: Sequence[str], **_: Any) -> None:
+        on_step("linking")
         _run(
             [str(cc), "-shared", "-fPIC", "-o", output, *map(str, objects), "-lm"],
             "linking model.so",
@@ -165,8 +184,11 @@ def _emit(mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, 
 
     try:
         with _cuda_callback(compile_cuda), tvm_target:
-            lowered = tvm.transform.Sequential(relax_passes(target))(mod)
+            with tvm.transform.PassContext(instruments=[_steps(on_step)]):
+                lowered = tvm.transform.Sequential(relax_passes(target))(mod)
+            on_step("checking in-place calls")
             _check_in_place_calls(mod, lowered)
+            on_step(_CODE)
             executable = relax.build(lowered, tvm_target, relax_pipeline=None)
             executable.export_library(str(library), fcompile=link, workspace_dir=str(scratch))
     except (OSError, GptqCompileError):
@@ -178,6 +200,24 @@ def _emit(mod: Any, target: Target, nvcc: Nvcc | None, cc: Path, library: Path, 
         if "No space left on device" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise BuildError(f"TVM could not compile the module for {target}: {_last_words(str(error))}") from error
+
+
+def _steps(on_step: OnStep) -> Any:
+    """A pass instrument that tells the names of passes, but not of those inside of others."""
+
+    @tvm.ir.instrument.pass_instrument
+    class Steps:
+        depth = 0
+
+        def run_before_pass(self, _: Any, info: Any) -> None:
+            self.depth += 1
+            if self.depth == 2:  # 1 is the list of all
+                on_step(str(info.name))
+
+        def run_after_pass(self, _: Any, info: Any) -> None:
+            self.depth -= 1
+
+    return Steps()
 
 
 def _check_in_place_calls(before: Any, after: Any) -> None:
@@ -199,23 +239,30 @@ def _kernel_calls(mod: Any) -> Counter[str]:
     """Counts the in-place calls of each PrimFunc before lowering, or its direct calls after."""
     counts: Counter[str] = Counter()
     in_place = tvm.ir.Op.get("relax.call_tir_inplace")
-
-    def visit(node: Any) -> None:
-        if not isinstance(node, tvm.ir.Call):
-            return
-        if isinstance(node.op, tvm.ir.GlobalVar):
-            counts[node.op.name_hint] += 1
-        elif node.op == in_place:
-            counts[node.args[0].name_hint] += 1
-
     for _, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            relax.analysis.post_order_visit(func, visit)
+        if not isinstance(func, relax.Function):
+            continue
+        # Every call is the value of a binding. (A visitor of all expressions would look at shared ones again and again:
+        # millions, and a third of the time of a build.)
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                call = binding.value
+                if not isinstance(call, tvm.ir.Call):
+                    continue
+                if isinstance(call.op, tvm.ir.GlobalVar):
+                    counts[call.op.name_hint] += 1
+                elif call.op == in_place:
+                    counts[call.args[0].name_hint] += 1
     return counts
 
 
 def _cuda_compiler(
-    nvcc: Nvcc, archs: Sequence[str], scratch: Path, fast_math: bool, failures: list[GptqCompileError]
+    nvcc: Nvcc,
+    archs: Sequence[str],
+    scratch: Path,
+    fast_math: bool,
+    failures: list[GptqCompileError],
+    on_step: OnStep,
 ) -> Any:
     """Returns the function TVM calls with CUDA source; it answers with a fatbin for every architecture asked."""
 
@@ -231,8 +278,10 @@ def _cuda_compiler(
         command += ["--expt-relaxed-constexpr", "--expt-extended-lambda", "-w"]
         command += ["--use_fast_math"] if fast_math else []
         started = time.perf_counter()
+        on_step("nvcc")
         _run([*command, "-o", str(fatbin), str(source)], f"nvcc for {', '.join(archs)}", failures)
         logger.debug("nvcc took %.1f s for %s", time.perf_counter() - started, ", ".join(archs))
+        on_step(_CODE)
         return fatbin.read_bytes()
 
     return compile_cuda

@@ -14,7 +14,7 @@ Each is taken only where a kernel of the target accepts the case; otherwise the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,13 @@ Count = Callable[[Node], int | None]
 """How many rows a value has in an entry: all its axes but the last. None if that is not known at compile time."""
 
 
-def plan(program: Program, target: Target, batch: int | None, count: Count) -> dict[Node, Group]:
+Refusals = MutableMapping[str, dict[str, str]]
+"""Case -> kernel -> why it refused, of what could not be computed together."""
+
+
+def plan(
+    program: Program, target: Target, batch: int | None, count: Count, refused: Refusals | None = None
+) -> dict[Node, Group]:
     """The groups of an entry by the node in whose place they are emitted.
 
     Args:
@@ -73,8 +79,9 @@ def plan(program: Program, target: Target, batch: int | None, count: Count) -> d
         target: whose kernels are asked.
         batch: tokens of a decode step, each of a sequence of its own; None for any tokens.
         count: rows of a value in this entry.
+        refused: is told why kernels refused groups.
     """
-    takes = _Taker(target)
+    takes = _Taker(target, {} if refused is None else refused)
     groups: dict[Node, Group] = {}
     for node in program.graph.nodes:
         group = None
@@ -98,15 +105,17 @@ def needed(program: Program, groups: dict[Node, Group]) -> set[Node]:
 
 
 class _Taker:
-    """Whether some kernel accepts a case."""
+    """Whether some kernel accepts a case; remembers why not."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, refused: Refusals) -> None:
+        self.target, self.refused = target, refused
 
     def __call__(self, case: Case) -> bool:
         try:
             select(case, self.target)
-        except NoKernelError:
+        except NoKernelError as error:
+            if error.refused:  # else the target has no kernels of that op at all
+                self.refused[str(case)] = dict(error.refused)
             return False
         return True
 

@@ -17,13 +17,14 @@ def add_sampling_entries(program: Program, builder: Any, kernels: Any) -> None:
     Args:
         program: for its vocabulary.
         builder: the Relax block builder, between functions.
-        kernels: emits calls of kernels: ``call`` and ``call_inplace``.
+        kernels: emits calls of kernels: ``call`` and ``call_inplace``; ``entry`` is set to what is being built.
     """
     from gptq_compile.kernels.tvm_env import relax, tvm
 
     vocab = program.info.vocab_size
 
     def entry(name: str, arguments: dict[str, tuple[list[Any], str]], emit: Callable[[list[Any]], Any]) -> None:
+        kernels.entry = name
         params = [relax.Var(n, relax.TensorType(shape, dtype)) for n, (shape, dtype) in arguments.items()]
         with builder.function(name, params):
             with builder.dataflow():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,12 +39,18 @@ class Lowered:
         module: the ``tvm.IRModule``.
         weights: parameter names in the order of the ``weights`` tuple.
         kernels: case text -> selection, for the report.
+        calls: case text -> entry -> calls of the case's kernel in it.
+        apart: case text -> kernel -> why it refused to compute several ops together (see `passes.fusion`).
+        translated: op without a kernel of ours -> entry -> how often it stands there; TVM makes and fuses those.
         decode: batch size -> entry name.
     """
 
     module: Any
     weights: list[str]
     kernels: dict[str, Selection] = field(default_factory=dict)
+    calls: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    apart: dict[str, dict[str, str]] = field(default_factory=dict)
+    translated: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     decode: dict[int, str] = field(default_factory=dict)
 
 
@@ -66,7 +73,7 @@ def lower_to_relax(
 
     builder = relax.BlockBuilder()
     lowered = Lowered(None, [n.meta["param"] for n in program.param_nodes.values() if n.users])
-    emitter = _Kernels(builder, target, lowered.kernels)
+    emitter = _Kernels(builder, target, lowered)
     _Entry(program, builder, emitter, None).build("forward")
     for batch in buckets:
         lowered.decode[batch] = f"decode_{batch}"
@@ -78,16 +85,23 @@ def lower_to_relax(
 
 
 class _Kernels:
-    """Adds each case's PrimFunc to the module once."""
+    """Adds each case's PrimFunc to the module once, and counts calls.
 
-    def __init__(self, builder: Any, target: Target, chosen: dict[str, Selection]) -> None:
-        self.builder, self.target, self.chosen = builder, target, chosen
+    Attributes:
+        entry: the one that is being built.
+    """
+
+    def __init__(self, builder: Any, target: Target, lowered: Lowered) -> None:
+        self.builder, self.target, self.lowered = builder, target, lowered
+        self.entry = ""
         self._functions: dict[Case, Any] = {}
 
     def function(self, case: Case) -> Any:
+        """The function that computes a case, for one call of it in the entry."""
+        self.lowered.calls[str(case)][self.entry] += 1
         if case not in self._functions:
             selection = select(case, self.target)
-            self.chosen[str(case)] = selection
+            self.lowered.kernels[str(case)] = selection
             func = selection.kernel.prim_func(case, self.target)
             # Not the plain op: "sample" and others are names of VM entries.
             self._functions[case] = self.builder.add_func(func, f"{case.op}_kernel")
@@ -140,7 +154,7 @@ class _Entry:
         }
         if caches:
             self.symbols[str(caches[0].meta["val"].shape[0])] = var("pages")
-        self.groups = fusion.plan(program, kernels.target, batch, self.count)
+        self.groups = fusion.plan(program, kernels.target, batch, self.count, kernels.lowered.apart)
         self.needed = fusion.needed(program, self.groups)
 
     def _cache_nodes(self) -> list[Node]:
@@ -179,6 +193,7 @@ class _Entry:
     def build(self, name: str) -> None:
         from gptq_compile.kernels.tvm_env import relax
 
+        self.kernels.entry = name
         program, dim = self.program, self.dim
         tensor = lambda shape, dtype: relax.TensorType(list(shape), dtype)  # noqa: E731
         rows = dim(program.input("logit_rows").meta["val"].shape[0])
@@ -237,6 +252,7 @@ class _Entry:
             elif rule is not None:
                 self.env[node] = rule(self, node)
             else:
+                self.kernels.lowered.translated[str(node.target)][self.kernels.entry] += 1
                 self.env[node] = self.importer.translate(node)
         except PassError:
             raise

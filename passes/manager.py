@@ -74,6 +74,7 @@ class PassManager:
         stop_after: name of the last pass to run.
         reproducer: folder to write when a pass fails: the IR before it, the error and the pipeline.
         on_pass: called with the name of each pass before it starts.
+        on_text: called after each pass with its record and the program's text before and after.
     """
 
     passes: Sequence[Pass]
@@ -83,6 +84,7 @@ class PassManager:
     stop_after: str | None = None
     reproducer: Path | None = None
     on_pass: Callable[[str], None] | None = None
+    on_text: Callable[[PassRecord, str, str], None] | None = None
     records: list[PassRecord] = field(default_factory=list)
 
     def run(self, program: Program) -> Program:
@@ -95,13 +97,14 @@ class PassManager:
         if self.stop_after is not None and self.stop_after not in (known := [p.name for p in self.passes]):
             raise PassError(f"There is no pass called {self.stop_after!r}. The pipeline has: {', '.join(known)}.")
         verify(program)
+        text = self._text(program)
         if self.first_index == 0:
-            self._dump(program, 0, "input")
+            self._dump(text, 0, "input")
         logits = self._logits(program)
         for index, step in enumerate(self.passes, self.first_index + 1):
             if self.on_pass:
                 self.on_pass(step.name)
-            before = to_text(program) if self.reproducer is not None else ""
+            before = text
             nodes = len(program.graph.nodes)
             start = time.perf_counter()
             try:
@@ -122,7 +125,10 @@ class PassManager:
                 raise PassError(f"Pass {step.name} failed: {type(e).__name__}: {e}") from e
             self.records.append(PassRecord(step.name, seconds, modified, nodes, len(program.graph.nodes), nmse))
             log.info("pass %-20s %6.2f s  %s", step.name, seconds, "changed" if modified else "no change")
-            self._dump(program, index, f"after_{step.name}")
+            text = self._text(program)
+            self._dump(text, index, f"after_{step.name}")
+            if self.on_text:
+                self.on_text(self.records[-1], before, text)
             if step.name == self.stop_after:
                 break
         return program
@@ -149,10 +155,15 @@ class PassManager:
             )
         return nmse
 
-    def _dump(self, program: Program, index: int, what: str) -> None:
+    def _text(self, program: Program) -> str:
+        """The program as text, if anybody is to see it."""
+        wanted = self.dump_ir is not None or self.reproducer is not None or self.on_text is not None
+        return to_text(program) if wanted else ""
+
+    def _dump(self, text: str, index: int, what: str) -> None:
         if self.dump_ir is not None:
             self.dump_ir.mkdir(parents=True, exist_ok=True)
-            (self.dump_ir / f"{index:02d}_{what}.txt").write_text(to_text(program))
+            (self.dump_ir / f"{index:02d}_{what}.txt").write_text(text)
 
     def _write_reproducer(self, step: Pass, before: str, error: Exception) -> None:
         if self.reproducer is None:

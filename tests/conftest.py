@@ -27,13 +27,14 @@ class Compiled:
 
     Attributes:
         model: the Hugging Face folder. ``artifact``, ``dequantized``: what came out.
-        events: the JSON events of ``--json``.
+        events: the JSON events of ``--json``. ``trace``: what ``--trace`` wrote.
     """
 
     model: pathlib.Path
     artifact: pathlib.Path
     dequantized: pathlib.Path
     events: list[dict[str, Any]]
+    trace: pathlib.Path
 
 
 @pytest.fixture(scope="session")
@@ -75,14 +76,16 @@ def compiled(tiny_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
     from gptq_compile.cli.main import main
 
     folder = tmp_path_factory.mktemp("compiled")
-    out, dequantized = folder / "tiny-w4", folder / "dequantized"
+    out, dequantized, trace = folder / "tiny-w4", folder / "dequantized", folder / "trace.json"
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = main(
             [
                 str(tiny_model), "--target", "cpu", "--wbits", "4", "--group-size", str(GROUP_SIZE), "--nsamples", "4",
                 "--seqlen", "32", "--batch-buckets", "1,2", "--dequantized", str(dequantized), "--json", "-o", str(out),
+                "--trace", str(trace),
             ]
         )  # fmt: skip
     assert code == 0
-    return Compiled(tiny_model, out, dequantized, [json.loads(line) for line in said.getvalue().splitlines()])
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    return Compiled(tiny_model, out, dequantized, events, trace)

@@ -60,9 +60,11 @@ def manifest(
             **{name: name for name in ("sample", "repetition_penalty", "mark_seen", "advance")},
         },
         "kernels": {
-            case: {"kernel": choice.kernel.name, "refused": dict(choice.refused)}
+            case: {"kernel": choice.kernel.name, "refused": dict(choice.refused), "calls": dict(lowered.calls[case])}
             for case, choice in lowered.kernels.items()
         },
+        "refused_together": lowered.apart,
+        "translated": {op: dict(calls) for op, calls in lowered.translated.items()},
         "library": "model.so",
         "generation": source.generation,
         "chat": source.chat,

@@ -274,7 +274,11 @@ def add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in --work-dir")
     group.add_argument(
-        "--report", type=Path, metavar="FILE", help="HTML report of what was done (default: OUT.report.html)"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="HTML report of what was done (a compiled model has it inside, as report.html; this is a copy. Default "
+        "for other formats: OUT.report.html)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it is a compiled model")
     group.add_argument("--dry-run", action="store_true", default=False, help="print the plan and stop")
@@ -284,6 +288,9 @@ def add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def add_debugging(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write what is done when, for Perfetto or chrome://tracing"
+    )
     group.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before the first and after every pass")
     group.add_argument("--stop-after", metavar="PASS", help="end after this pass (no artifact)")
     group.add_argument("--reproducer", type=Path, metavar="DIR", help="if a pass fails, write the IR before it here")

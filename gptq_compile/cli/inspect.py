@@ -9,7 +9,11 @@ from typing import Any
 
 from gptq_compile.cli.output import json_line, show, size
 from gptq_compile.cli.parser import Parser
-from gptq_compile.inspect_artifact import Inspection, inspect_artifact
+from gptq_compile.inspect_artifact import Inspection, counted, inspect_artifact
+from gptq_compile.report.stored import REPORT
+
+# Sections of the manifest that are told in other words.
+_LISTS = ("weights", "files", "kernels", "refused_together", "translated")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 def as_json(found: Inspection) -> dict[str, Any]:
     """The inspection as plain values, with the manifest's sections but its per-file lists."""
-    raw = {k: v for k, v in found.manifest.raw.items() if k not in ("weights", "files", "kernels")}
+    raw = {k: v for k, v in found.manifest.raw.items() if k not in _LISTS}
     raw["quantization"] = {k: v for k, v in raw.get("quantization", {}).items() if k != "layers"}
     return {
         "folder": str(found.folder),
@@ -43,6 +47,11 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "layers": [dataclasses.asdict(layer) for layer in found.layers],
         "kernels": {k: list(v) for k, v in found.kernels.items()},
         "refused": {k: dict(v) for k, v in found.refused.items()},
+        "choices": [dataclasses.asdict(choice) for choice in found.choices],
+        "refused_together": [dataclasses.asdict(choice) for choice in found.together],
+        "translated": {k: dict(v) for k, v in found.translated.items()},
+        "passes": [dataclasses.asdict(step) for step in found.passes],
+        "build": dict(found.build),
         "manifest": raw,
     }
 
@@ -65,9 +74,29 @@ def _print(found: Inspection, shown: int, verified: bool) -> None:
     }
     _table("", (), list(about.items()))
     _print_layers(found, shown)
-    if found.kernels:
-        rows = [(name, str(len(cases)), cases[0]) for name, cases in sorted(found.kernels.items())]
-        _table("kernels", ("kernel", "cases", "first case"), rows)
+    if found.choices:
+        chosen = [(c.op, c.kernel, c.where or "not counted", "\n".join(c.why)) for c in found.choices]
+        _table("kernels", ("op", "kernel", "calls", "faster ones that refused"), chosen)
+    if found.together:
+        _table("not computed together", ("op", "refused"), [(c.op, "\n".join(c.why)) for c in found.together])
+    if found.translated:
+        others = [(op, counted(calls)) for op, calls in found.translated.items()]
+        _table("ops that TVM makes kernels for", ("op", "times"), others)
+    _print_times(found)
+
+
+def _print_times(found: Inspection) -> None:
+    if not found.passes:
+        print(f"No pass times: {found.folder / REPORT} is not there, or of an earlier version.")
+        return
+    rows = [
+        (p.name, f"{p.seconds:.2f} s", f"{p.nodes[0]} to {p.nodes[1]}" if p.changed else "no change")
+        for p in found.passes
+    ]
+    _table("passes", ("pass", "time", "nodes"), rows)
+    slowest = sorted(found.build.items(), key=lambda step: -step[1])[:5]
+    _table("slowest steps of the build", ("step", "time"), [(name, f"{t:.2f} s") for name, t in slowest])
+    print(f"What each pass changed: {found.folder / REPORT}")
 
 
 def _print_layers(found: Inspection, shown: int) -> None:

@@ -106,7 +106,7 @@ def result_table(result: CompileResult, options: CompileOptions) -> Table:
     if result.out is not None:
         kind = {"artifact": "artifact", "onnx": "export"}.get(result.format, "checkpoint")
         _row(table, kind, f"{size(result.size)} in {result.out}")
-        _row(table, "report", str(options.report_path))
+        _row(table, "report", ", ".join(map(str, options.report_paths)))
     return table
 
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: settings, stages, every linear, plots. Wall-clock times live here and not in the artifact, whose bytes
-are to depend on its inputs alone; the figures are also in the page as JSON, under the id ``data``."""
+"""The report: settings, sizes, stages, passes and what they changed, kernels, every linear, plots.
+
+Wall-clock times live here and not in the files that the manifest lists, whose bytes are to depend on the inputs alone.
+The figures are also in the page as JSON, under the id ``data``.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -16,11 +19,14 @@ from time import gmtime, strftime
 from typing import TYPE_CHECKING, Any
 
 from gptq_compile.artifact.files import create, human
+from gptq_compile.inspect_artifact import Inspection, counted
+from gptq_compile.report.changes import MARK
 from gptq_compile.report.plots import Series, plot
 from gptq_compile.report.record import Recorder
 
 if TYPE_CHECKING:
     from gptq_compile.api import CompileResult
+    from gptq_compile.passes.manager import PassRecord
 
 _PAGE = Template("""\
 <!doctype html>
@@ -41,10 +47,21 @@ figure { margin: .5rem 0; } svg { width: 100%; height: auto; } svg text { font-s
 .grid { stroke: var(--line); stroke-width: 1; } polyline { fill: none; stroke-width: 1.6; }
 .s0 { fill: var(--a); stroke: var(--a); color: var(--a); } .s1 { fill: var(--b); stroke: var(--b); color: var(--b); }
 .s2 { fill: var(--c); stroke: var(--c); color: var(--c); } polyline { fill: none !important; }
+.bars { font-size: .85rem; } .bars summary, .bars div { display: grid; column-gap: .8rem; align-items: center;
+  grid-template-columns: 12rem 1fr 4.5rem 23rem; padding: .2rem 0; border-bottom: 1px solid var(--line); }
+.bars summary { cursor: pointer; } .bars summary > :first-child::before { content: "\\25B8 "; color: var(--soft); }
+.bars details[open] > summary > :first-child::before { content: "\\25BE "; }
+.bars div > :first-child { padding-left: .95em; } .bars > * > * { overflow-wrap: anywhere; }
+.bars i { display: block; height: .6rem; background: var(--a); min-width: 1px; }
+.bars b { font-weight: normal; text-align: right; font-variant-numeric: tabular-nums; }
+pre { font: 12px/1.4 ui-monospace, monospace; overflow: auto; max-height: 34rem; margin: .3rem 0 .8rem; padding: .5rem;
+  border: 1px solid var(--line); } pre ins, pre del, pre em { text-decoration: none; font-style: normal; }
+pre ins { color: var(--c); } pre del { color: var(--b); } pre em { color: var(--a); }
 </style></head><body>
 <h1>$title</h1>
 <p class="soft">$subtitle</p>
 $notes
+$sizes
 <h2>Error of every linear</h2>
 <p class="soft">Squared output error on the calibration tokens, relative to the output's own energy; a logarithmic
 scale, linears in graph order. Rounding is plain rounding to nearest on the same grid settings.</p>
@@ -57,6 +74,11 @@ $time
 $memory
 <h2>Stages</h2>
 $stages
+<h2>Passes</h2>
+<p class="soft">A click shows what a pass changed in the program, as a unified diff in which layers that are alike
+stand once. Times are without validation.</p>
+$passes
+$kernels
 <h2>Settings</h2>
 $settings
 <h2>Linears</h2>
@@ -68,25 +90,26 @@ $settings
 _KIND = {"artifact": "artifact", "onnx": "export"}
 
 
-def write_report(path: Path, result: CompileResult, run: Recorder) -> None:
-    """Writes the report; a file that is there is replaced whole.
+def write_report(paths: Iterable[Path], text: str) -> None:
+    """Writes a page to each of some files; one that is there is replaced whole.
 
     Raises:
         OSError: it cannot be written.
     """
-    path = path.expanduser().absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with create(temporary) as f:
-            f.write(page(result, run).encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for path in paths:
+        path = path.expanduser().absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with create(temporary) as f:
+                f.write(text.encode())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def page(result: CompileResult, run: Recorder) -> str:
-    """The report as HTML."""
+def page(result: CompileResult, run: Recorder, made: Inspection | None = None) -> str:
+    """The report as HTML; ``made`` is the artifact, if it is one."""
     plan, reports = result.plan, result.reports
     peak = max((s.resident for s in run.samples), default=0)
     device = max((s.device for s in run.samples), default=0)
@@ -95,7 +118,7 @@ def page(result: CompileResult, run: Recorder) -> str:
     worse = sum(r.error > r.error_rtn * 1.0001 for r in both)  # type: ignore[operator]
     subtitle = [
         f"{plan.model_type}, {plan.parameters / 1e6:,.1f} million parameters, {plan.linears} linears quantized",
-        f"{_KIND.get(result.format, 'checkpoint')} {human(result.size)} in {result.out}",
+        f"{_KIND.get(result.format, 'checkpoint')} {human(result.size)} in {result.out.name if result.out else None}",
         strftime("%Y-%m-%d %H:%M UTC", gmtime(run.began)),
     ]
     if both:
@@ -132,7 +155,10 @@ def page(result: CompileResult, run: Recorder) -> str:
         memory=plot(memory, "seconds", "GB")
         + f'<p class="soft">Peak {human(peak)} in memory{f", {human(device)} on the GPU" if device else ""} '
         + f"(sampled); predicted for the quantization: {human(plan.memory)}.</p>",
-        stages=_table(["stage", "#seconds"], ([n, f"{s:.1f}"] for n, s in result.seconds.items())),
+        sizes="" if made is None else _sizes(made),
+        stages=_bars(Bar(n, s) for n, s in result.seconds.items()),
+        passes=_passes(result.passes, run),
+        kernels="" if made is None else _kernels(made, run.build),
         settings=_table(["setting", "value"], ([k, _plain(v)] for k, v in plan.settings.items())),
         linears=_table(
             [
@@ -169,6 +195,87 @@ def page(result: CompileResult, run: Recorder) -> str:
     )
 
 
+def _sizes(made: Inspection) -> str:
+    weights = ", ".join(f"{count} {name} ({human(size)})" for name, (count, size) in made.dtypes.items())
+    rows = [[part, human(size), weights if part == "weights" else ""] for part, size in made.sizes.items()]
+    cache = ["KV cache", human(made.cache_bytes_per_token), "a token, in memory while it runs"]
+    return "<h2>Sizes</h2>" + _table(["part", "#size", "tensors"], [*rows, ["all files", human(made.size), ""], cache])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A time with what there is to say about it: ``lines`` are shown when it is unfolded."""
+
+    name: str
+    seconds: float
+    words: str = ""
+    lines: Sequence[str] = ()
+
+
+def _bars(bars: Iterable[Bar]) -> str:
+    """A list of times, as bars on one scale."""
+    bars = list(bars)
+    longest = max((b.seconds for b in bars), default=0.0) or 1.0
+    out = []
+    for bar in bars:
+        row = f'<span>{escape(bar.name)}</span><i style="width:{100 * bar.seconds / longest:.1f}%"></i>'
+        row += f"<b>{bar.seconds:.2f} s</b><span>{escape(bar.words)}</span>"
+        text = "\n".join(map(_coloured, bar.lines))
+        out.append(f"<details><summary>{row}</summary><pre>{text}</pre></details>" if text else f"<div>{row}</div>")
+    return f'<section class="bars">{"".join(out)}</section>'
+
+
+def _coloured(line: str) -> str:
+    tag = {"+": "ins", "-": "del", "@": "em", MARK: "em"}.get(line[:1])
+    return escape(line) if tag is None else f"<{tag}>{escape(line)}</{tag}>"
+
+
+def _passes(records: Sequence[PassRecord], run: Recorder) -> str:
+    bars = []
+    for record, lines in zip(records, run.changes, strict=True):
+        words = (
+            f"{record.nodes_before} to {record.nodes_after} nodes"
+            if lines
+            else f"{record.nodes_after} nodes, no change"
+        )
+        if record.nmse is not None:
+            words += f", logits differ by NMSE {record.nmse:.0e}" if record.nmse else ", same logits"
+        bars.append(Bar(record.name, record.seconds, words, lines))
+    texts = {"before": "The program as it was traced", "after": "The program after the last pass"}
+    programs = [
+        f"<details><summary>{texts[which]}</summary><pre>{escape(chr(10).join(lines))}</pre></details>"
+        for which, lines in run.texts.items()
+    ]
+    return _bars(bars) + "".join(programs)
+
+
+def _kernels(made: Inspection, build: Mapping[str, float]) -> str:
+    heads = ["op", "kernel", "calls", "#cases", "faster ones that refused"]
+    rows = [[c.op, c.kernel, c.where, str(len(c.cases)), _sentences(c.why)] for c in made.choices]
+    apart = [[c.op, str(len(c.cases)), _sentences(c.why)] for c in made.together]
+    rest = [[op, counted(calls)] for op, calls in made.translated.items()]
+    out = [
+        '<h2>Kernels</h2><p class="soft">Every op takes the first kernel of its list that does not refuse; '
+        "cases are combinations of shapes, types and rows.</p>",
+        _wide(_table(heads, rows)),
+    ]
+    if apart:
+        out.append('<h2>Not computed together</h2><p class="soft">One kernel could have computed several ops here; it ')
+        out.append("refused, and they have a kernel each.</p>" + _wide(_table(["op", "#cases", "refused"], apart)))
+    if rest:
+        out.append('<h2>Ops that TVM makes kernels for</h2><p class="soft">They are fused with their neighbours.</p>')
+        out.append(_wide(_table(["op", "times"], rest)))
+    return "".join((*out, "<h2>Steps of the build</h2>", _bars(Bar(n, s) for n, s in build.items())))
+
+
+def _sentences(parts: Iterable[str]) -> str:
+    return " ".join(f"{part.rstrip('.')}." for part in parts)
+
+
+def _wide(table: str) -> str:
+    return f'<div class="wide">{table}</div>'
+
+
 def _data(result: CompileResult, run: Recorder, peak: int, device: int) -> str:
     """All figures as JSON that cannot end the element it stands in."""
     document = {
@@ -179,6 +286,8 @@ def _data(result: CompileResult, run: Recorder, peak: int, device: int) -> str:
         "peak_memory": peak,
         "peak_device_memory": device,
         "notes": run.notes,
+        "passes": [asdict(p) for p in result.passes],
+        "build": run.build,
         "linears": [asdict(r) for r in result.reports],
         "solved_at": [round(t, 3) for t in run.solved],
         "memory": [[round(s.seconds, 2), s.resident, s.device] for s in run.samples],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remembers what a run reported and when, and samples its memory meanwhile."""
+"""Remembers what a run reported and when, samples its memory meanwhile, and writes its trace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from gptq_compile.report.changes import changes, folded
+from gptq_compile.runtime.trace import Trace
+
 if TYPE_CHECKING:
     from gptq_compile.api import Plan, Progress
     from gptq_compile.passes.gptq_quantize import LinearReport
+    from gptq_compile.passes.manager import PassRecord
 
 _EVERY = 0.25  # seconds between two samples at first
 _SAMPLES = 2000  # most that are kept; beyond, every other is dropped and the interval doubled
@@ -40,10 +44,13 @@ class Recorder:
         stages: (name, seconds since the start) of each stage. ``notes``: what was noted.
         solved: seconds since the start at which each linear was reported.
         samples: memory over the run.
+        changes: what each pass did to the program's text. ``texts``: the text before the first pass and after the last;
+            in both, layers that are alike stand once.
+        build: seconds of each step from the lowered module to the library.
     """
 
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
+    def __init__(self, inner: Progress, trace: Trace | None = None) -> None:
+        self._inner, self._trace = inner, trace or Trace()
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
@@ -52,6 +59,10 @@ class Recorder:
         self.notes: list[str] = []
         self.solved: list[float] = []
         self.samples: list[Sample] = []
+        self.changes: list[tuple[str, ...]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.build: dict[str, float] = {}
+        self._step: tuple[str, float] | None = None
 
     def __enter__(self) -> Recorder:
         self._thread.start()
@@ -68,6 +79,7 @@ class Recorder:
 
     def stage(self, name: str) -> None:
         self.stages.append((name, self.seconds))
+        self._trace.enter("stages", name)
         self._inner.stage(name)
 
     def plan(self, plan: Plan) -> None:
@@ -75,11 +87,34 @@ class Recorder:
 
     def linear(self, report: LinearReport, index: int, total: int) -> None:
         self.solved.append(self.seconds)
+        told = {"bits": report.bits, "error": report.error, "rounding": report.error_rtn, "seconds": report.seconds}
+        self._trace.did("linears", report.name, report.seconds, method=report.method, **told)
         self._inner.linear(report, index, total)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        self._trace.mark("stages", text)
         self._inner.note(text)
+
+    def pass_begins(self, name: str) -> None:
+        """A pass starts."""
+        self._trace.enter("passes", name)
+
+    def pass_ends(self, record: PassRecord, before: str, after: str) -> None:
+        """A pass is over; ``before`` and ``after`` are the program's text."""
+        self._trace.enter("passes", None)
+        self.changes.append(changes(before, after))
+        self.texts.setdefault("before", folded(before.splitlines()))
+        self.texts["after"] = folded(after.splitlines())
+
+    def build_step(self, name: str | None) -> None:
+        """A step of the build starts; None after the last."""
+        self._trace.enter("build", name)
+        now = time.perf_counter()
+        if self._step is not None:
+            last, began = self._step
+            self.build[last] = self.build.get(last, 0.0) + now - began
+        self._step = None if name is None else (name, now)
 
     def _sample(self) -> None:
         every = _EVERY

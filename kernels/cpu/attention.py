@@ -189,7 +189,7 @@ def _decode(case: Case, target: Target) -> Any:
 
 def _accepts_decode(case: Case, target: Target) -> Refusal | None:
     if case.rows is None or case.rows > _DECODE_MOST_ROWS:
-        return Refusal(f"is for a static number of tokens up to {_DECODE_MOST_ROWS}; this case has {case.rows}")
+        return Refusal(f"is for 1 to {_DECODE_MOST_ROWS} tokens known at compile time, not {case.rows or 'symbolic'}")
     return refuse_attention(case)
 
 

@@ -289,7 +289,9 @@ def _split(case: Case, target: Target) -> Any:
 
 def _accepts_split(case: Case, target: Target) -> Refusal | None:
     if case.rows is None or case.rows * AttentionParams.of(case).kv_heads > _BLOCKS // 2:
-        return Refusal(f"is for a static number of tokens that leaves multiprocessors idle; this case has {case.rows}")
+        return Refusal(
+            f"is for few tokens, known at compile time (multiprocessors would be idle), not {case.rows or 'symbolic'}"
+        )
     return refuse_attention(case)
 
 

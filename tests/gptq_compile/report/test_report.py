@@ -3,25 +3,42 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import math
+import os
 import re
+import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from gptq_compile.api import CompileResult, Plan, Silent
 from gptq_compile.passes.gptq_quantize import LinearReport
+from gptq_compile.passes.manager import PassRecord
 from gptq_compile.report import record
 from gptq_compile.report.page import page, write_report
 from gptq_compile.report.plots import Series, plot
 from gptq_compile.report.record import Recorder, Sample
 
 _VOID = {"meta", "img", "link"}
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """A module that lies in no package."""
+    spec = importlib.util.spec_from_file_location(f"gptq_compile_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class Page(HTMLParser):
@@ -75,8 +92,8 @@ def read(text: str) -> Page:
     return found
 
 
-def test_a_compilation_writes_its_report_beside_the_artifact(compiled: Any) -> None:
-    text = (compiled.artifact.parent / f"{compiled.artifact.name}.report.html").read_text()
+def test_a_compilation_writes_its_report_into_the_artifact(compiled: Any) -> None:
+    text = (compiled.artifact / "report.html").read_text()
     found = read(text)
     data = json.loads(found.data)
     told = [e for e in compiled.events if e["event"] == "linear"]
@@ -90,6 +107,55 @@ def test_a_compilation_writes_its_report_beside_the_artifact(compiled: Any) -> N
     assert text.count("<circle") == 3 * len(told)  # error, error of rounding, bits
     assert data["peak_memory"] > 50e6 and len(data["memory"]) > 3
     assert data["solved_at"] == sorted(data["solved_at"]) and len(data["solved_at"]) == len(told)
+
+
+def test_kernels_refusals_and_passes_are_told(compiled: Any) -> None:
+    text = (compiled.artifact / "report.html").read_text()
+    rows = read(text).rows
+    manifest = json.loads((compiled.artifact / "manifest.json").read_text())
+    for chosen in manifest["kernels"].values():
+        mine = [row for row in rows if len(row) == 5 and row[1] == chosen["kernel"]]
+        assert mine, chosen
+        for kernel, reason in chosen["refused"].items():
+            assert any(kernel in row[4] and reason in row[4] for row in mine)
+    # Seven linears in each of two layers, and any number of rows is not what the fastest kernel is for.
+    [prefill] = [row for row in rows if row[:2] == ["quant_linear", "cpu.quant_linear.panel"]]
+    assert prefill[2] == "14 in forward" and "not symbolic" in prefill[4]
+    assert ["aten.embedding.default", "1 in forward, decode_1, 2"] in rows
+    done = compiled.events[-1]
+    summaries = [
+        re.sub("<[^>]*>", " ", row) for row in re.findall(r"<(?:summary|div)><span>.*?</(?:summary|div)>", text)
+    ]
+    for told in done["passes"]:
+        line = next(s for s in summaries if s.split()[0] == told["name"] and f"{told['seconds']:.2f} s" in s)
+        assert ("no change" in line) == (told["nodes_before"] == told["nodes_after"] and not told["modified"])
+    assert any(s.split()[0] == "LegalizeOps" for s in summaries) and any("linking" in s for s in summaries)
+    unfolded = re.search(r"<summary><span>gptq_quantize.*?<pre>(.*?)</pre>", text, re.DOTALL)
+    assert unfolded is not None
+    for tag, sign, op in (("del", "-", "aten.linear"), ("ins", "+", "gptq_compile.quant_linear")):
+        assert re.search(rf"<{tag}>\{sign}%[^<]*{op}", unfolded[1])
+
+
+def test_the_trace_has_stages_passes_linears_and_steps_of_the_build(compiled: Any) -> None:
+    events = json.loads(compiled.trace.read_text())
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
+    for e in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
+        assert not rows[names[e["tid"]]] or rows[names[e["tid"]]][-1]["ts"] <= e["ts"]
+        rows[names[e["tid"]]].append(e)
+    told = compiled.events
+    done = told[-1]
+    assert [e["name"] for e in rows["stages"]] == [e["name"] for e in told if e["event"] == "stage"]
+    assert [e["name"] for e in rows["passes"]] == [p["name"] for p in done["passes"]]
+    assert [e["name"] for e in rows["linears"]] == [e["name"] for e in told if e["event"] == "linear"]
+    assert [e["args"]["error"] for e in rows["linears"]] == [e["error"] for e in told if e["event"] == "linear"]
+    assert {"LegalizeOps", "generating code", "linking"} <= {e["name"] for e in rows["build"]}
+    for row in rows.values():  # nothing overlaps, and viewers can draw it
+        for a, b in itertools.pairwise(row):
+            assert a["ts"] + a["dur"] <= b["ts"] + 0.01
+    stage = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in rows["stages"]}
+    assert all(stage["build"][0] <= e["ts"] <= stage["build"][1] for e in rows["build"])
+    assert abs(rows["stages"][0]["dur"] / 1e6 - done["seconds"]["open"]) < 0.2
 
 
 def test_the_artifact_holds_no_times(compiled: Any) -> None:
@@ -106,19 +172,50 @@ def report(name: str, error: float | None, note: str | None = None) -> LinearRep
     return LinearReport(name, (4, 8), 4, 8, "gptq", error, error, 0.01, 0, note, 0.5)
 
 
+def test_a_browser_shows_it(compiled: Any, tmp_path: Path) -> None:
+    module = load_module("browser", Path(__file__).parents[1] / "serve" / "browser.py")
+    program = module.find_browser()
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    browser = module.Browser(program, tmp_path / "profile")
+    try:
+        address = (compiled.artifact / "report.html").as_uri()
+        browser.call("Page.navigate", url=address)
+        browser.wait("document.readyState === 'complete' && document.title.includes('tiny')")
+        assert browser.requested == [address] and browser.complaints == []
+        quantize = "[...document.querySelectorAll('summary')].find(s => s.innerText.includes('gptq_quantize'))"
+        shown = f"{quantize}.parentNode.querySelector('pre').checkVisibility()"
+        assert not browser.evaluate(shown)
+        browser.evaluate(f"{quantize}.click()")
+        assert browser.evaluate(shown)
+        # Bars are drawn in proportion, and nothing is wider than the page.
+        widths = "[...document.querySelectorAll('.bars i')].map(i => i.getBoundingClientRect().width)"
+        assert browser.evaluate(f"Math.max(...{widths})") > 50 * browser.evaluate(f"Math.min(...{widths})")
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        picture = Path(os.environ.get("GPTQ_COMPILE_REPORT_SCREENSHOT", tmp_path / "report.png"))
+        browser.screenshot(picture)
+        assert picture.stat().st_size > 5000
+    finally:
+        browser.close()
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     bad = "</script><script>alert(1)</script><img src=x>&\"'$title"
     with Recorder(Silent()) as run:
         run.note(bad)
         for _ in range(2):
             run.linear(report(bad, 0.1, bad), 1, 2)
-    made = result(bad, [report(bad, 0.1, bad), report(bad, None, bad)])
-    write_report(tmp_path / "deep" / "r.html", made, run)
+        ended = PassRecord(bad, 0.5, True, 1, 2, None)
+        run.pass_ends(ended, "the same\n", f"{bad}\n")
+    made = replace(result(bad, [report(bad, 0.1, bad), report(bad, None, bad)]), passes=[ended])
+    paths = [tmp_path / "deep" / "r.html", tmp_path / "copy.html"]
+    write_report(paths, page(made, run))
+    assert paths[1].read_bytes() == paths[0].read_bytes()
     found = read((tmp_path / "deep" / "r.html").read_text())
     assert json.loads(found.data)["model"] == bad
     rows = [row for row in found.rows if row[0] == bad]
     assert [row[4] for row in rows] == ["0.1", "not measured"] and rows[0][-1] == bad
-    write_report(tmp_path / "deep" / "r.html", made, run)
+    write_report(paths, page(made, run))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.html"]
 
 
