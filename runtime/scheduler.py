@@ -23,6 +23,7 @@ from gptq_compile.runtime.errors import DeviceError, RuntimeFailure
 from gptq_compile.runtime.hosted import needs_host, through_host
 from gptq_compile.runtime.prefill import Chunk, run_forward
 from gptq_compile.runtime.sequence import Sequence
+from gptq_compile.runtime.trace import Trace
 from gptq_compile.runtime.vm import Model, first_line
 
 GROWTH_TOKENS = 256  # taken at once: decoding stops launching ahead when a row has used its pages up
@@ -46,11 +47,16 @@ class Counters:
 
 
 class Scheduler:
-    """Runs sequences on one model. ``step`` may be called from several threads; each step serves all of them."""
+    """Runs sequences on one model. ``step`` may be called from several threads; each step serves all of them.
+
+    Attributes:
+        trace: is told what the model does and, in a row for each request, what becomes of it.
+    """
 
     def __init__(self, device: CpuDevice, model: Model, cache: PagedCache, vocab: int, max_batch: int) -> None:
         self.lock = threading.RLock()
         self.counters = Counters()
+        self.trace = Trace()
         self._device, self._model, self._cache, self._vocab = device, model, cache, vocab
         self._max_rows = min(max_batch, max(model.decode))
         self._waiting: deque[Sequence] = deque()
@@ -79,6 +85,7 @@ class Scheduler:
             self._submitted += 1
             sequence.order = self._submitted
             self._waiting.append(sequence)
+            self.trace.enter(_row(sequence), "queue", prompt_tokens=len(sequence.prompt), limit=sequence.limit)
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence and gives its pages back."""
@@ -87,6 +94,7 @@ class Scheduler:
                 sequence.cancel()
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
+                self._tell_end(sequence)
             self._retire()
 
     def step(self) -> None:
@@ -98,7 +106,8 @@ class Scheduler:
                     self._prefill()
                     self._decode_next = True
                 elif self._running:
-                    self._decode()
+                    with self.trace.span("model", "decode", sequences=len(self._running)):
+                        self._decode()
                     self._decode_next = False
             except BaseException as error:
                 # Whatever was in flight is computed again from the tokens the host knows.
@@ -135,7 +144,10 @@ class Scheduler:
             if not sequence.tokens:
                 sequence.reused = sequence.prefilled
                 self.counters.reused += sequence.reused
-            (self._prefilling if sequence.prefilled < len(ids) else self._running).append(sequence)
+            prefill = sequence.prefilled < len(ids)
+            (self._prefilling if prefill else self._running).append(sequence)
+            phase = "prefill" if prefill else "decode"
+            self.trace.enter(_row(sequence), phase, tokens=len(ids), in_cache=sequence.prefilled)
 
     def _about_to_know(self, ids: list[int]) -> bool:
         """Whether a prompt in the works will put more of ``ids`` into the cache, so that waiting for it pays."""
@@ -148,6 +160,13 @@ class Scheduler:
             for sequence in [s for s in group if s.finish_reason is not None]:
                 group.remove(sequence)
                 self._give_back(sequence)
+                self._tell_end(sequence)
+
+    def _tell_end(self, sequence: Sequence) -> None:
+        if self.trace.on:
+            row = _row(sequence)
+            self.trace.mark(row, sequence.finish_reason or "gone", tokens=len(sequence.tokens))
+            self.trace.enter(row, None)
 
     def _give_back(self, sequence: Sequence) -> None:
         """Releases a sequence's pages; what they hold can be found until they are needed."""
@@ -165,6 +184,7 @@ class Scheduler:
         self._give_back(sequence)
         self._waiting.appendleft(sequence)
         self.counters.preempted += 1
+        self.trace.enter(_row(sequence), "queue", preempted=True)
 
     def _prefill(self) -> None:
         chunk = Chunk(self._cache)
@@ -180,9 +200,10 @@ class Scheduler:
             if end == len(sequence.prompt) and not sequence.tokens:
                 chunk.want_last()
             parts.append((sequence, end))
-        logits = run_forward(self._device, self._model, self._cache, chunk)
-        fresh = [s for s, end in parts if end == len(s.prompt) and not s.tokens]
-        tokens = dict(zip(map(id, fresh), self._first_tokens(logits, fresh), strict=True)) if fresh else {}
+        with self.trace.span("model", "prefill", tokens=chunk.tokens, sequences=len(parts)):
+            logits = run_forward(self._device, self._model, self._cache, chunk)
+            fresh = [s for s, end in parts if end == len(s.prompt) and not s.tokens]
+            tokens = dict(zip(map(id, fresh), self._first_tokens(logits, fresh), strict=True)) if fresh else {}
         self.counters.prefilled += chunk.tokens
         for sequence, end in parts:
             sequence.prefilled = end
@@ -190,8 +211,9 @@ class Scheduler:
                 continue
             self._prefilling.remove(sequence)
             self._running.append(sequence)
+            self.trace.enter(_row(sequence), "decode")
             if id(sequence) in tokens:
-                sequence.accept(int(tokens[id(sequence)]))
+                self._accept_token(sequence, int(tokens[id(sequence)]))
             if sequence.finish_reason != "invalid" and sequence.page_row is not None:
                 self._cache.record(sequence.page_row, sequence.prompt)
 
@@ -253,6 +275,15 @@ class Scheduler:
         self.counters.steps += 1
         for sequence, token in zip(self._rows, batch.collect(), strict=False):
             if sequence.finish_reason is None:
-                sequence.accept(int(token))
+                self._accept_token(sequence, int(token))
                 sequence.prefilled = sequence.length - 1
                 self.counters.decoded += 1
+
+    def _accept_token(self, sequence: Sequence, token: int) -> None:
+        sequence.accept(token)
+        if self.trace.on:
+            self.trace.mark(_row(sequence), "token", id=token, number=len(sequence.tokens))
+
+
+def _row(sequence: Sequence) -> str:
+    return f"request {sequence.order}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from gptq_compile.runtime.engine import Engine
+from gptq_compile.runtime.sampling import SamplingSettings
 from gptq_compile.runtime.trace import Trace
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -122,6 +125,46 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: pathlib.Path, mon
             trace.mark("a", str(i))
         assert not trace.on
     assert 5 < len(json.loads(path.read_text())) < 40
+
+
+def test_every_request_has_a_row(
+    artifact: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.json"
+    monkeypatch.setattr("gptq_compile.runtime.scheduler.GROWTH_TOKENS", 1)  # so that pages run out on the way
+    prompts = [[7 * i % 256 for i in range(n)] for n in (5, 40, 5, 5, 9)]  # one more than run at once
+    with Engine.load(artifact, max_batch=4, cache_tokens=96) as engine, Trace(path) as trace:
+        engine.scheduler.trace = trace
+        settings = {"eos_token_id": [], "return_dict_in_generate": True, "do_sample": True}
+        results = engine.generate(prompts, 30, seed=list(range(5)), **settings)
+        counters = engine.scheduler.counters
+        stopped = engine.request([1, 2, 3], SamplingSettings(50, eos_token_ids=()))
+        engine.scheduler.submit(stopped)
+        engine.scheduler.step()
+        engine.scheduler.cancel(stopped)
+    events = json.loads(path.read_text())
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    rows = spans(events)
+    assert set(rows) == {"model", *(f"request {i + 1}" for i in range(6))}
+    marks: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
+    for e in events:
+        if e["ph"] == "i":
+            marks[names[e["tid"]]].append(e)
+    for number, result in enumerate(results, 1):
+        row = f"request {number}"
+        phases = [name for name, _, _ in rows[row]]
+        assert phases[:3] == ["queue", "prefill", "decode"] and phases[-1] == "decode"
+        assert all(abs(a[2] - b[1]) < 0.01 for a, b in itertools.pairwise(rows[row]))
+        *tokens, end = marks[row]
+        assert [t["args"]["id"] for t in tokens] == result.token_ids
+        assert (end["name"], end["args"]) == ("length", {"tokens": 30})
+    assert counters.preempted == sum(name == "queue" for of in rows.values() for name, _, _ in of) - 6 > 0
+    assert marks["request 6"][-1]["name"] == "cancelled" and len(stopped.tokens) == 1
+    model = [e for e in events if e["ph"] == "X" and names[e["tid"]] == "model"]
+    assert sum(e["args"]["tokens"] for e in model if e["name"] == "prefill") == counters.prefilled
+    assert 30 <= sum(e["name"] == "decode" for e in model) <= counters.steps
+    for a, b in itertools.pairwise(rows["model"]):
+        assert a[2] <= b[1] + 0.01
 
 
 def test_a_place_that_cannot_be_written(tmp_path: pathlib.Path) -> None:

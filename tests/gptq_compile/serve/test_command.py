@@ -27,9 +27,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_and_ends(artifact: pathlib.Path, signal_: signal.Signals) -> None:
+def test_it_serves_and_ends(artifact: pathlib.Path, signal_: signal.Signals, tmp_path: pathlib.Path) -> None:
+    trace = tmp_path / "trace.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "gptq_compile.cli.main", "serve", str(artifact), "--port", "0", "--model-name", "mine"],
+        [sys.executable, "-m", "gptq_compile.cli.main", "serve", str(artifact), "--port", "0", "--model-name", "mine",
+         "--trace", str(trace)],
         stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), command.KEY_VARIABLE: "sesame", "TVM_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -45,9 +47,20 @@ def test_it_serves_and_ends(artifact: pathlib.Path, signal_: signal.Signals) -> 
             assert json.load(answer)["data"][0]["id"] == "mine"
         libraries = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
         assert "libtvm_runtime" in libraries and "libtorch" not in libraries
+        asked = {"model": "mine", "prompt": [3, 4, 5], "max_tokens": 4, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{found[1]}/v1/completions", json.dumps(asked).encode(),
+            {"Authorization": "Bearer sesame", "Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        json.loads(trace.read_text())  # whole while it runs
         process.send_signal(signal_)
         assert process.wait(20) == (0 if signal_ == signal.SIGINT else 143)
         assert "Traceback" not in process.stderr.read()
+        events = json.loads(trace.read_text())
+        assert [e["args"]["number"] for e in events if e["name"] == "token"] == [1, 2, 3, 4]
+        assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {"model", "request 1"}
     finally:
         process.kill()
         process.wait()
