@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gptq_compile.artifact.contents import manifest
+from gptq_compile.artifact.contents import library_name, manifest
 from gptq_compile.artifact.dequantized import dequantized_weights, write_dequantized
 from gptq_compile.artifact.files import StagedFolder
 from gptq_compile.artifact.model_folder import is_model
@@ -238,13 +240,25 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
 
     with ArtifactWriter(options.out, overwrite=overwrite, disk_needed=plan.bytes_after) as writer:
         with clock("kernels"):
-            lowered = lower_to_relax(program, target, options.batch_buckets)
+            lowered = [lower_to_relax(program, variant, options.batch_buckets) for variant in target.variants]
         with clock("build"):
-            built = build(lowered.module, target, writer.place("model.so"), on_step=progress.build_step)
+            # One step at a time is told, so only those of the first library.
+            steps = [progress.build_step, *[lambda _: None] * (len(lowered) - 1)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # code generation is not Python
+                built = list(
+                    pool.map(
+                        lambda each, variant, on_step: build(
+                            each.module, variant, writer.place(library_name(target, variant)), on_step=on_step
+                        ),
+                        lowered,
+                        target.variants,
+                        steps,
+                    )
+                )
         with clock("write"):
             for path in copy_runtime_libraries(target, writer.place("lib/x").parent):
                 log.debug("library %s", path)
-            writer.add_weights((name, program.params.get(name)) for name in lowered.weights)
+            writer.add_weights((name, program.params.get(name)) for name in lowered[0].weights)
             writer.add_files(source.tokenizer_files)
             writer.add_file(source.config_json(), "config.json")
             writer.add_file(source.generation_json(), "generation_config.json")

@@ -135,14 +135,15 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
     manifest = Artifact(folder, verify, again=True).manifest
     sizes: Counter[str] = Counter()
     for name, entry in manifest.files.items():
-        sizes[_part(name, manifest.library)] += entry.size
+        sizes[_part(name, {manifest.library, *manifest.libraries.values()})] += entry.size
     dtypes: dict[str, tuple[int, int]] = {}
     for weight in manifest.weights:
         count, total = dtypes.get(weight.dtype, (0, 0))
         dtypes[weight.dtype] = (count + 1, total + math.prod(weight.shape) * _ITEM_BYTES.get(weight.dtype, 1))
     kernels: dict[str, list[str]] = {}
     refused: dict[str, dict[str, str]] = {}
-    for case, choice in _mapping(manifest.raw.get("kernels")).items():
+    chosen_kernels = _all_kernels(manifest)
+    for case, choice in chosen_kernels.items():
         chosen = _mapping(choice)
         kernels.setdefault(str(chosen.get("kernel")), []).append(case)
         if reasons := _mapping(chosen.get("refused")):
@@ -156,7 +157,7 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
         layers=tuple(_layer(entry) for entry in _mapping(manifest.raw.get("quantization")).get("layers", [])),
         kernels={k: tuple(v) for k, v in kernels.items()},
         refused=refused,
-        choices=_choices(manifest.raw.get("kernels")),
+        choices=_choices(chosen_kernels),
         together=_choices(
             {case: {"refused": why} for case, why in _mapping(manifest.raw.get("refused_together")).items()}
         ),
@@ -194,8 +195,17 @@ def _pass(value: Any) -> PassTime:
     )
 
 
-def _part(name: str, library: str) -> str:
-    if name == library:
+def _all_kernels(manifest: Manifest) -> dict[str, Any]:
+    """Cases and what was chosen for them; where another library has another kernel, the case says for which."""
+    found = dict(_mapping(manifest.raw.get("kernels")))
+    for library in _list(manifest.raw.get("libraries")):
+        arch = _mapping(library).get("arch")
+        found |= {f"{k} on {arch}": v for k, v in _mapping(_mapping(library).get("kernels")).items()}
+    return found
+
+
+def _part(name: str, libraries: set[str]) -> str:
+    if name in libraries:
         return "machine code"
     if name.endswith(".safetensors"):
         return "weights"

@@ -12,7 +12,7 @@ from gptq_compile.errors import ConfigError
 
 DEFAULT_CUDA_ARCHS = ("sm_80", "sm_89", "sm_90")
 BASELINE = "x86-64-v3"
-DEFAULT_CPU_ARCHS = (BASELINE,)
+DEFAULT_CPU_ARCHS = (BASELINE, "x86-64-v4+avx512vnni")
 # What may be added to a processor's name, in LLVM's words; the runtimes know how Linux calls each.
 CPU_FEATURES = ("avx512vnni", "avxvnni", "dotprod")
 

@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 _CODE = "generating code"
 _CALLBACK = "tvm_callback_cuda_compile"
 _callback_lock = threading.Lock()
+# TVM's tensor expressions keep state that threads share; its code generation does not.
+_lowering_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,15 @@ OnStep = Callable[[str | None], None]
 def build(
     mod: Any, target: Target, out: Path, *, fast_math: bool = False, on_step: OnStep = lambda _: None
 ) -> BuildInfo:
-    """Compiles a Relax module into one shared library.
+    """Compiles a Relax module into one shared library; several may be compiled at once, by threads.
 
     Args:
         mod: ``tvm.IRModule``; Relax functions over ``call_tir`` and Relax operators. PrimFuncs with a schedule are
             kept as they are, the others get a default one. A Relax function's attribute ``tir_var_upper_bound``
             (name of a symbolic dimension -> largest value) lets its temporaries be planned statically. The result of
             a ``call_tir_inplace`` must be used or returned.
-        target: What to emit code for; one of its ``variants``.
+        target: What to emit code for; for the CPU, code that runs on every one of its architectures, which is code
+            for the first of them. Build each of its ``variants`` to have code that is made for each.
         out: The library's path; replaced atomically.
         fast_math: Let nvcc approximate divisions and transcendental functions, and flush denormals.
         on_step: is told what is done: TVM's passes by their names, code generation, nvcc, linking.
@@ -106,8 +109,6 @@ def build(
     """
     started = time.perf_counter()
     out = Path(out)
-    if len(target.variants) > 1:
-        raise BuildError(f"One library holds code for one processor, not for {target}. Build each of its variants.")
     cc = require_cc()
     nvcc = None
     if target.kind == "cuda":
@@ -117,8 +118,8 @@ def build(
         library = scratch / out.name
         _emit(mod, target, nvcc, cc, library, scratch, fast_math, on_step)
         on_step(None)
-        found = tuple(archs_in(library)) if target.kind == "cuda" else target.archs
-        missing = [arch for arch in target.archs if arch not in found]
+        found = tuple(archs_in(library)) if target.kind == "cuda" else target.archs[:1]
+        missing = [arch for arch in target.archs if arch not in found] if target.kind == "cuda" else []
         if missing:
             raise BuildError(
                 f"The build of {out.name} finished without machine code for {', '.join(missing)} "
@@ -184,10 +185,10 @@ def _emit(
 
     try:
         with _cuda_callback(compile_cuda), tvm_target:
-            with tvm.transform.PassContext(instruments=[_steps(on_step)]):
+            with _lowering_lock, tvm.transform.PassContext(instruments=[_steps(on_step)]):
                 lowered = tvm.transform.Sequential(relax_passes(target))(mod)
-            on_step("checking in-place calls")
-            _check_in_place_calls(mod, lowered)
+                on_step("checking in-place calls")
+                _check_in_place_calls(mod, lowered)
             on_step(_CODE)
             executable = relax.build(lowered, tvm_target, relax_pipeline=None)
             executable.export_library(str(library), fcompile=link, workspace_dir=str(scratch))

@@ -14,19 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from gptq_compile.runtime import cuda
+from gptq_compile.runtime import cuda, processor
 from gptq_compile.runtime.errors import DeviceError
 from gptq_compile.runtime.ffi import ffi, function
 
 log = logging.getLogger(__name__)
 
-CPUINFO = "/proc/cpuinfo"
 _ALIGNMENT = 64  # bytes; generated code may assume it of every tensor
-_X86_LEVELS = {
-    "x86-64-v2": ("sse4_2", "ssse3", "popcnt", "cx16"),
-    "x86-64-v3": ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"),
-    "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
-}
 
 
 class CpuDevice:
@@ -37,7 +31,9 @@ class CpuDevice:
     prefill_tokens = 512  # of one call of `forward` at most
     handle: ctypes.c_void_p | None = None  # of the stream
 
-    def __init__(self) -> None:
+    def __init__(self, arch: str = "") -> None:
+        """Opens the device; ``arch`` names the code that was chosen where an artifact has several libraries."""
+        self.arch = arch
         self.device = ffi().device("cpu", 0)
         self._allocate = function("runtime.TVMTensorAllocWithScope")
         self._view = function("runtime.TVMTensorCreateView")
@@ -45,7 +41,7 @@ class CpuDevice:
 
     def description(self) -> str:
         """One line for logs."""
-        return f"cpu ({platform.machine()})"
+        return f"cpu ({self.arch or platform.machine()})"
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """Allocates an uninitialized tensor."""
@@ -150,6 +146,7 @@ class CudaDevice(CpuDevice):
     kind = "cuda"
     depth = 4
     prefill_tokens = 1024
+    arch = ""
     handle: ctypes.c_void_p
 
     def __init__(self, driver: cuda.Driver, index: int) -> None:
@@ -237,9 +234,10 @@ def open_device(device: str | None, kind: str, archs: Sequence[str]) -> tuple[st
     """Checks that an artifact can run here, before anything of it is loaded.
 
     Args:
-        device: ``None`` (what the artifact was compiled for), ``cpu``, ``cuda`` or ``cuda:1``.
+        device: ``None`` (what the artifact was compiled for), ``cpu``, ``cuda`` or ``cuda:1``; ``cpu:x86-64-v3`` runs
+            the code for that processor where the artifact has several.
         kind: the artifact's target kind.
-        archs: the architectures its machine code is for.
+        archs: the architectures its machine code is for; on the CPU the last that runs here is taken.
 
     Returns:
         The kind and a function that opens the device once TVM's libraries are loaded.
@@ -248,17 +246,18 @@ def open_device(device: str | None, kind: str, archs: Sequence[str]) -> tuple[st
         DeviceError: if the device is another kind, is missing, or cannot run the artifact's machine code.
     """
     wanted = device or kind
-    match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", wanted)
+    match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?|(cpu):([\w.+-]+)", wanted)
     if not match:
         raise DeviceError(f"Unknown device {wanted!r}. Use cpu, cuda or cuda:1.")
     built = f"{kind} ({', '.join(archs)})"
-    if match[1] != kind:
+    asked = match[1] or match[3]
+    if asked != kind:
         raise DeviceError(
-            f"This artifact was compiled for {built} and cannot run on {wanted}. Compile it with --target {match[1]}."
+            f"This artifact was compiled for {built} and cannot run on {wanted}. Compile it with --target {asked}."
         )
     if kind == "cpu":
-        _check_cpu(archs)
-        return "cpu", CpuDevice
+        arch = processor.choose(archs, match[4])
+        return "cpu", lambda: CpuDevice(arch)
     try:
         driver = cuda.Driver()
     except DeviceError as error:
@@ -287,27 +286,3 @@ def _bytes_of(tensor: Any, array: np.ndarray) -> np.ndarray:
     if array.nbytes != nbytes(tensor):
         raise ValueError(f"cannot copy {array.nbytes} bytes into a tensor of {nbytes(tensor)}")
     return array
-
-
-def _check_cpu(archs: Sequence[str]) -> None:
-    """Refuses code for an x86-64 level that this processor does not have, which would end in SIGILL."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise DeviceError(
-            f"This artifact was compiled for x86-64, and this machine is {platform.machine()}. Compile it there."
-        )
-    try:
-        with open(CPUINFO, encoding="utf-8") as f:
-            flags = next((set(line.split(":", 1)[1].split()) for line in f if line.startswith("flags")), None)
-    except OSError:
-        return
-    if flags is None:
-        return
-    for arch in archs:
-        if arch not in _X86_LEVELS:
-            continue
-        missing = [flag for level, needs in _X86_LEVELS.items() if level <= arch for flag in needs if flag not in flags]
-        if missing:
-            raise DeviceError(
-                f"This artifact was compiled for {arch} processors, and this one lacks {', '.join(missing)}. "
-                "Compile it with --target cpu:x86-64-v2."
-            )

@@ -68,6 +68,7 @@ class Manifest:
     mark_seen: str
     advance: str
     library: str
+    libraries: Mapping[str, str]  # architecture -> file, where there are several; the first is `library`
     weights: tuple[Weight, ...]
     generation: Mapping[str, Any]
     chat: Mapping[str, Any] | None
@@ -190,6 +191,7 @@ def read_manifest(path: pathlib.Path) -> Manifest:
         mark_seen=entries.text("mark_seen"),
         advance=entries.text("advance"),
         library=_listed(top, "library", top.text("library"), files),
+        libraries=_libraries(top, files),
         weights=tuple(_weight(w, top, files) for w in top.children("weights")),
         generation=top.get("generation", dict, optional=True) or {},
         chat=_chat(top),
@@ -223,6 +225,13 @@ def _listed(reader: _Reader, key: str, name: str, files: Mapping[str, FileEntry]
     if name not in files:
         raise reader.error(key, f"is {name!r}, which is not in the list of files")
     return name
+
+
+def _libraries(top: _Reader, files: Mapping[str, FileEntry]) -> dict[str, str]:
+    if top.get("libraries", list, optional=True) is None:
+        return {}
+    entries = top.children("libraries")
+    return {entry.text("arch"): _listed(entry, "file", entry.text("file"), files) for entry in entries}
 
 
 def _weight(reader: _Reader, top: _Reader, files: Mapping[str, FileEntry]) -> Weight:

@@ -34,7 +34,7 @@ class Model:
             ArtifactError: if the library does not load or lacks an entry.
         """
         manifest = artifact.manifest
-        path = artifact.path(manifest.library)
+        path = artifact.path(manifest.libraries.get(device.arch, manifest.library))
         try:
             self._module = ffi().load_module(str(path))
             self._vm = self._module["vm_load_executable"]()

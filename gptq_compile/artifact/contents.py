@@ -5,18 +5,35 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from gptq_compile import __version__
 from gptq_compile.frontend.source import ModelSource
+from gptq_compile.kernels.target import Target
 from gptq_compile.options import CompileOptions
 from gptq_compile.passes.program import Program
 
 
+def library_name(target: Target, variant: Target) -> str:
+    """The file of one of a target's variants: ``model.so`` for what every machine must have, else with its name."""
+    if variant == target.variants[0]:
+        return "model.so"
+    return f"model.{variant.archs[0].replace('+', '-')}.so"
+
+
 def manifest(
-    program: Program, source: ModelSource, options: CompileOptions, lowered: Any, built: Any
+    program: Program, source: ModelSource, options: CompileOptions, lowered: Sequence[Any], built: Sequence[Any]
 ) -> dict[str, Any]:
-    """What the artifact says about itself; no times of the clock, so that the same inputs give the same bytes."""
+    """What the artifact says about itself; no times of the clock, so that the same inputs give the same bytes.
+
+    Args:
+        program: what was lowered.
+        source: the model.
+        options: the settings.
+        lowered: one for each of the target's variants.
+        built: the libraries, as many.
+    """
     layers_done = [
         {key: value for key, value in layer.items() if key != "seconds"}
         for layer in program.attrs.get("quantization", [])
@@ -27,6 +44,15 @@ def manifest(
     for k, v in zip(caches[::2], caches[1::2], strict=True):
         _, heads, _, dim = k.meta["val"].shape
         layers.append({"kv_heads": int(heads), "head_dim": int(dim), "v_head_dim": int(v.meta["val"].shape[-1])})
+    kernels = [_kernels(each) for each in lowered]
+    libraries = [
+        {
+            "arch": variant.archs[0],
+            "file": library_name(target, variant),
+            "kernels": {case: choice for case, choice in chosen.items() if choice != kernels[0].get(case)},
+        }
+        for variant, chosen in zip(target.variants, kernels, strict=True)
+    ]
     versions = {name: _version(name) for name in ("torch", "transformers", "apache-tvm", "apache-tvm-ffi")}
     return {
         "model": {
@@ -40,7 +66,11 @@ def manifest(
             "add_bos": source.add_bos,
             "inputs": source.hashes(),
         },
-        "target": {"kind": target.kind, "archs": list(target.archs), "machine_code": list(built.archs)},
+        "target": {
+            "kind": target.kind,
+            "archs": list(target.archs),
+            "machine_code": [a for b in built for a in b.archs],
+        },
         "dtype": options.resolved_dtype,
         "quantization": {
             **options.as_dict(),
@@ -56,19 +86,24 @@ def manifest(
         },
         "entries": {
             "forward": "forward",
-            "decode": {str(b): name for b, name in lowered.decode.items()},
+            "decode": {str(b): name for b, name in lowered[0].decode.items()},
             **{name: name for name in ("sample", "repetition_penalty", "mark_seen", "advance")},
         },
-        "kernels": {
-            case: {"kernel": choice.kernel.name, "refused": dict(choice.refused), "calls": dict(lowered.calls[case])}
-            for case, choice in lowered.kernels.items()
-        },
-        "refused_together": lowered.apart,
-        "translated": {op: dict(calls) for op, calls in lowered.translated.items()},
+        "kernels": kernels[0],
+        "refused_together": lowered[0].apart,
+        "translated": {op: dict(calls) for op, calls in lowered[0].translated.items()},
         "library": "model.so",
+        **({"libraries": libraries} if len(libraries) > 1 else {}),
         "generation": source.generation,
         "chat": source.chat,
         "versions": {"gptq-compile": __version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _kernels(lowered: Any) -> dict[str, Any]:
+    return {
+        case: {"kernel": choice.kernel.name, "refused": dict(choice.refused), "calls": dict(lowered.calls[case])}
+        for case, choice in lowered.kernels.items()
     }
 
 

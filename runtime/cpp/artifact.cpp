@@ -144,6 +144,14 @@ Manifest read_manifest(const std::string& folder) {
   manifest.library = top.text("library");
   if (manifest.files.count(manifest.library) == 0)
     throw std::runtime_error(top.field("library") + " is not in the list of files.");
+  const Json* libraries = top.json.find("libraries");
+  if (libraries != nullptr && !libraries->is_null())
+    for (const Json& library : libraries->list(top.field("libraries"))) {
+      const Section one{library, top.field("libraries")};
+      const std::string& file = one.text("file");
+      if (manifest.files.count(file) == 0) throw std::runtime_error(one.field("file") + " is not in the list of files.");
+      manifest.libraries[one.text("arch")] = file;
+    }
   manifest.weights = read_weights(top, manifest.files);
   return manifest;
 }

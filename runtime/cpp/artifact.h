@@ -39,6 +39,7 @@ struct Manifest {
     std::int64_t size;
   };
   std::map<std::string, File> files;
+  std::map<std::string, std::string> libraries;  // architecture -> file, where there are several
   Json document;  // the whole of it: "chat" and "generation" are read where they are needed
 
   std::int64_t cache_bytes_per_token() const;

@@ -2,16 +2,12 @@
 #include "device.h"
 
 #include <sys/mman.h>
-#include <sys/utsname.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
-#include <fstream>
-#include <iterator>
-#include <set>
-#include <sstream>
 #include <stdexcept>
+
+#include "processor.h"
 
 namespace gptq_compile::detail {
 
@@ -19,38 +15,6 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;  // bytes; generated code may assume it of every tensor
 constexpr std::size_t kCacheBudget = std::size_t{1} << 30;
-
-// What each x86-64 level adds, in the words of /proc/cpuinfo (System V ABI, AMD64 supplement, section 3.1.1).
-const std::pair<const char*, std::vector<const char*>> kLevels[] = {
-    {"x86-64-v2", {"sse4_2", "ssse3", "popcnt", "cx16"}},
-    {"x86-64-v3", {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}},
-    {"x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}};
-
-std::string machine() {
-  struct utsname names{};
-  return ::uname(&names) == 0 ? names.machine : "unknown";
-}
-
-// Refuses code for a processor level that this one does not have, which would end in SIGILL.
-void check_processor(const std::vector<std::string>& archs) {
-  if (machine() != "x86_64")
-    throw std::runtime_error("This artifact was compiled for x86-64, and this machine is " + machine() + ".");
-  std::ifstream file("/proc/cpuinfo");
-  std::string line;
-  while (std::getline(file, line) && line.compare(0, 5, "flags") != 0) {
-  }
-  if (!file) return;
-  std::istringstream words(line);
-  const std::set<std::string> flags{std::istream_iterator<std::string>(words), std::istream_iterator<std::string>()};
-  for (const std::string& arch : archs) {
-    if (arch.compare(0, 8, "x86-64-v") != 0) continue;
-    for (const auto& [level, needs] : kLevels)
-      for (const char* flag : needs)
-        if (arch >= level && flags.count(flag) == 0)
-          throw std::runtime_error("This artifact was compiled for " + arch + " processors, and this one lacks " +
-                                   flag + ". Compile it with --target cpu:x86-64-v2.");
-  }
-}
 
 class CpuRing : public Ring {
  public:
@@ -67,7 +31,7 @@ class CpuRing : public Ring {
 
 }  // namespace
 
-std::string Device::description() const { return "cpu (" + machine() + ")"; }
+std::string Device::description() const { return "cpu (" + (arch_.empty() ? machine() : arch_) + ")"; }
 
 std::vector<Value> Device::vm_devices() const { return {std::int64_t{kCpu}, std::int64_t{0}, kPooledAllocator}; }
 
@@ -139,15 +103,15 @@ std::function<std::unique_ptr<Device>()> find_device(const std::string& wanted, 
   const std::string device = wanted.empty() ? manifest.target_kind : wanted;
   const std::string kind = device.substr(0, device.find(':'));
   const std::string index = device == kind ? "0" : device.substr(kind.size() + 1);
-  if ((kind != "cpu" && kind != "cuda") || index.empty() || index.size() > 4 ||
-      index.find_first_not_of("0123456789") != std::string::npos)
+  const bool number = index.size() <= 4 && index.find_first_not_of("0123456789") == std::string::npos;
+  if ((kind != "cpu" && kind != "cuda") || index.empty() || (kind == "cuda" && !number))
     throw std::runtime_error("Unknown device '" + device + "'. Use cpu, cuda or cuda:1.");
   if (kind != manifest.target_kind)
     throw std::runtime_error("This artifact was compiled for " + manifest.target_kind + " and cannot run on " + device +
                              ". Compile it with --target " + kind + ".");
   if (kind == "cuda") return find_cuda(std::stoi(index), manifest);
-  check_processor(manifest.archs);
-  return [] { return std::make_unique<Device>(); };
+  const std::string arch = choose_code(manifest.archs, number ? "" : index);
+  return [arch] { return std::make_unique<Device>(arch); };
 }
 
 }  // namespace gptq_compile::detail

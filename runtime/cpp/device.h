@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "artifact.h"
@@ -37,7 +38,11 @@ class Ring {
 // The processor; every call is finished when it returns. Subclasses enqueue on a stream.
 class Device {
  public:
+  explicit Device(std::string arch = "") : arch_(std::move(arch)) {}
   virtual ~Device() = default;
+
+  // Which code was chosen where an artifact has several libraries.
+  const std::string& arch() const { return arch_; }
 
   virtual std::string description() const;
   virtual std::size_t depth() const { return 1; }              // decode steps in flight
@@ -70,6 +75,7 @@ class Device {
 
  private:
   Value staged(const std::string& name, const void* values, const Shape& shape, const std::string& dtype);
+  std::string arch_;
   std::vector<std::pair<std::string, Value>> staged_;
 };
 
@@ -87,7 +93,7 @@ class StreamScope {
 };
 
 // Checks that an artifact can run here, before anything of it is loaded. `wanted` is "" (what the artifact was compiled
-// for), "cpu", "cuda" or "cuda:1". Returns the function that opens the device once TVM's libraries are loaded.
+// for), "cpu", "cuda" or "cuda:1"; "cpu:x86-64-v3" runs the code for that processor where there are several. Returns the function that opens the device once TVM's libraries are loaded.
 std::function<std::unique_ptr<Device>()> find_device(const std::string& wanted, const Manifest& manifest);
 
 // device_cuda.cpp

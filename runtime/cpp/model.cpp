@@ -8,7 +8,8 @@ namespace gptq_compile::detail {
 
 Model::Model(const Artifact& artifact, Device& device) {
   const Manifest& manifest = artifact.manifest();
-  const std::string path = artifact.path(manifest.library);
+  const auto chosen = manifest.libraries.find(device.arch());
+  const std::string path = artifact.path(chosen == manifest.libraries.end() ? manifest.library : chosen->second);
   module_ = Tvm::function("ffi.ModuleLoadFromFile")({path.c_str()});
   const Value load = Tvm::module_function(module_, "vm_load_executable");
   if (load.empty()) throw std::runtime_error(path + " is not a compiled model: it has no vm_load_executable.");

@@ -133,7 +133,9 @@ def test_exit_code_and_words(
     del versions["transformers"]
     assert main(["doctor", "--folder", str(tmp_path)]) == 1
     text = capsys.readouterr().out
-    assert "cannot compile for cpu:x86-64-v3 yet: transformers" in text and "-> pip install" in text
+    assert (
+        "cannot compile for cpu:x86-64-v3,x86-64-v4+avx512vnni yet: transformers" in text and "-> pip install" in text
+    )
     assert main(["doctor", "--runtime-only", "--json", "--folder", str(tmp_path)]) == 0
     findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {"python", "numpy", "disk"} <= {f["name"] for f in findings}

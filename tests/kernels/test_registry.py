@@ -9,7 +9,7 @@ from gptq_compile.errors import NoKernelError
 from gptq_compile.kernels.registry import Case, Kernel, Refusal, select
 from gptq_compile.kernels.target import Target
 
-CPU = Target.parse("cpu")
+CPU = Target.parse("cpu:x86-64-v3")
 
 
 def _kernel(name: str, max_rows: int | None) -> Kernel:

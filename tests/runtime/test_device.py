@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptq_compile.runtime import cuda, device
+from gptq_compile.runtime import cuda
 from gptq_compile.runtime import engine as engine_module
 from gptq_compile.runtime.device import CpuDevice, CudaDevice, open_device
 from gptq_compile.runtime.engine import Engine
@@ -231,19 +231,6 @@ def test_a_cuda_artifact_is_refused_before_its_libraries_load(
     with pytest.raises(RuntimeFailure, match=r"libtvm_runtime_cuda\.so is not in the list"):
         Engine.load(copy)
     assert loaded == []
-
-
-def test_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
-    with pytest.raises(DeviceError, match="this machine is aarch64"):
-        open_device(None, "cpu", ["x86-64-v3"])
-    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nflags\t\t: sse4_2 ssse3 popcnt cx16 avx\n")
-    monkeypatch.setattr(device, "CPUINFO", str(cpuinfo))
-    open_device(None, "cpu", ["x86-64-v2"])
-    with pytest.raises(DeviceError, match="lacks avx2, bmi1"):
-        open_device(None, "cpu", ["x86-64-v3"])
 
 
 def test_failing_driver_calls_are_named(fake: Callable[..., FakeLibrary]) -> None:

@@ -193,6 +193,9 @@ def test_inspect_tells_settings_layers_and_kernels(compiled: Any, capsys: pytest
     ran = compiled.events[-1]["passes"]
     assert [(p["name"], p["seconds"]) for p in found["passes"]] == [(p["name"], p["seconds"]) for p in ran]
     assert found["build"]["LegalizeOps"] > 0 < found["build"]["linking"]
+    archs = [library["arch"] for library in found["manifest"]["libraries"]]
+    assert archs == found["manifest"]["target"]["machine_code"] == ["x86-64-v3", "x86-64-v4+avx512vnni"]
+    assert all((compiled.artifact / library["file"]).is_file() for library in found["manifest"]["libraries"])
     assert main(["inspect", str(compiled.artifact), "--layers", "3"]) == 0
     text = capsys.readouterr().out
     assert "14 in forward" in text and "pack_weights" in text and "generating code" in text

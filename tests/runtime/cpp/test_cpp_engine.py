@@ -211,6 +211,29 @@ def test_damaged_artifacts_are_refused(start: Callable[[], Any], artifact: pathl
     assert "compiled for cpu and cannot run on cuda" in driver("load", copy, 0, False, "cuda")
 
 
+def test_the_best_library_that_runs_here_is_taken(
+    start: Callable[[], Any], copy: pathlib.Path, toy: ModuleType
+) -> None:
+    data = toy.manifest()
+    data["target"]["archs"] = ["x86-64-v2", "x86-64-v3", "x86-64-v3+dotprod"]  # the last is an ARM feature
+    names = ("model.so", "model.v3.so", "model.dotprod.so")
+    data["libraries"] = [{"arch": a, "file": n} for a, n in zip(data["target"]["archs"], names, strict=True)]
+    for name in names[1:]:
+        (copy / name).write_text("no library")
+    toy.write_manifest(copy, data)
+    driver = start()
+    assert "model.v3.so" in driver("load", copy, 96, True)
+    assert "lacks asimddp. Use one of" in driver("load", copy, 96, True, "cpu:x86-64-v3+dotprod")
+    assert "has no code for x86-64-v4" in driver("load", copy, 96, True, "cpu:x86-64-v4")
+    assert driver("load", copy, 96, True, "cpu:x86-64-v2").startswith("toy")
+    data["libraries"][1]["file"] = "model.v4.so"
+    toy.write_manifest(copy, data)
+    assert "not in the list of files" in driver("load", copy, 96, True)
+    data["target"]["archs"], data["libraries"] = ["aarch64+dotprod"], []
+    toy.write_manifest(copy, data)
+    assert "compiled for aarch64, and this machine is x86_64" in driver("load", copy, 96, True)
+
+
 def test_large_files_are_hashed_once(
     start: Callable[[], Any],
     copy: pathlib.Path,
