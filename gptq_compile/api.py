@@ -240,7 +240,10 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
 
     with ArtifactWriter(options.out, overwrite=overwrite, disk_needed=plan.bytes_after) as writer:
         with clock("kernels"):
-            lowered = [lower_to_relax(program, variant, options.batch_buckets) for variant in target.variants]
+            lowered = [
+                lower_to_relax(program, variant, options.batch_buckets, activations=options.resolved_activations)
+                for variant in target.variants
+            ]
         with clock("build"):
             # One step at a time is told, so only those of the first library.
             steps = [progress.build_step, *[lambda _: None] * (len(lowered) - 1)]

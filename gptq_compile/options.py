@@ -13,6 +13,7 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.report.stored import REPORT
 
 DTYPES = ("float32", "float16")
+ACTIVATIONS = ("int8", "float")
 CHECKPOINTS = ("gptq", "gptq_v2")
 ONNX_OPS = ("matmulnbits", "custom")
 FORMATS = ("artifact", *CHECKPOINTS, "onnx")
@@ -35,6 +36,8 @@ class CompileOptions:
         quantize: how weights are quantized.
         calibration: a ``.txt``/``.jsonl``/``.npy`` file, a ``datasets`` name, or ``self`` for text of the model's own.
         dtype: activation type; by default float32 on the CPU and float16 on CUDA.
+        activations: what quantized linears on the CPU multiply: ``int8``, rounded for each group of features, or
+            ``float``. By default what is fastest: ``int8`` for float32 on the CPU, and ``float`` elsewhere.
         batch_buckets: batch sizes that get a decode entry of their own.
         device: where torch quantizes; by default CUDA where torch has it.
         dequantized: also write a Hugging Face folder with the dequantized weights here.
@@ -61,6 +64,7 @@ class CompileOptions:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     calibration: str = "self"
     dtype: str | None = None
+    activations: str | None = None
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     device: str | None = None
     dequantized: Path | None = None
@@ -82,6 +86,10 @@ class CompileOptions:
         self.resolved_target  # noqa: B018  parses, and raises for a bad one
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+        if self.activations not in (None, *ACTIVATIONS):
+            raise ConfigError(f"activations are {self.activations!r}; use one of {', '.join(ACTIVATIONS)}.")
+        if self.activations == "int8" and (self.resolved_target.kind, self.resolved_dtype) != ("cpu", "float32"):
+            raise ConfigError("Activations of 8 bits are for float32 on the CPU; leave --activations out.")
         if not self.batch_buckets or any(b < 1 or b > 256 for b in self.batch_buckets):
             raise ConfigError(f"batch buckets are {list(self.batch_buckets)}; use sizes from 1 to 256.")
 
@@ -116,6 +124,12 @@ class CompileOptions:
         return self.dtype or ("float32" if self.resolved_target.kind == "cpu" else "float16")
 
     @property
+    def resolved_activations(self) -> str:
+        """What quantized linears multiply, with the default filled in."""
+        rounded = (self.resolved_target.kind, self.resolved_dtype) == ("cpu", "float32")
+        return self.activations or ("int8" if rounded else "float")
+
+    @property
     def resolved_device(self) -> str:
         """The torch device with the default filled in."""
         if self.device is not None:
@@ -137,6 +151,7 @@ class CompileOptions:
         return {
             "target": str(self.resolved_target),
             "dtype": self.resolved_dtype,
+            "activations": self.resolved_activations,
             "calibration": self.calibration,
             "batch_buckets": list(self.batch_buckets),
             **self.quantize.as_dict(),

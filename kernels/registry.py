@@ -25,6 +25,7 @@ Scalar = int | float | bool | str
 
 KERNEL_MODULES: Mapping[str, tuple[str, ...]] = {
     "cpu": (
+        "gptq_compile.kernels.cpu.int8_linear",
         "gptq_compile.kernels.cpu.int16_linear",
         "gptq_compile.kernels.cpu.quant_linear",
         "gptq_compile.kernels.cpu.linear",
@@ -85,6 +86,10 @@ class Case:
     def get(self, name: str, default: Any = None) -> Any:
         """Returns attribute `name`, or `default`."""
         return next((value for key, value in self.attrs if key == name), default)
+
+    def with_attrs(self, **attrs: Scalar) -> Case:
+        """The case with more attributes, or other values of those it has."""
+        return Case.make(self.op, self.dtype, self.rows, **{**dict(self.attrs), **attrs})
 
     def __str__(self) -> str:
         attrs = ", ".join(f"{key}={value}" for key, value in self.attrs)

@@ -55,7 +55,12 @@ class Lowered:
 
 
 def lower_to_relax(
-    program: Program, target: Target, buckets: Sequence[int] = (1, 2, 4, 8), *, sampling: bool = True
+    program: Program,
+    target: Target,
+    buckets: Sequence[int] = (1, 2, 4, 8),
+    *,
+    sampling: bool = True,
+    activations: str = "float",
 ) -> Lowered:
     """Lowers a paged, packed program.
 
@@ -64,6 +69,7 @@ def lower_to_relax(
         target: for which machine.
         buckets: batch sizes that get a ``decode_<batch>`` entry of their own.
         sampling: add the entries that turn logits into tokens; without them the module computes logits only.
+        activations: ``int8`` where quantized linears may round what they multiply to 8 bits, else ``float``.
 
     Raises:
         PassError: for an op that neither a kernel nor Relax implements, with its module path and source line.
@@ -73,7 +79,7 @@ def lower_to_relax(
 
     builder = relax.BlockBuilder()
     lowered = Lowered(None, [n.meta["param"] for n in program.param_nodes.values() if n.users])
-    emitter = _Kernels(builder, target, lowered)
+    emitter = _Kernels(builder, target, lowered, activations)
     _Entry(program, builder, emitter, None).build("forward")
     for batch in buckets:
         lowered.decode[batch] = f"decode_{batch}"
@@ -91,13 +97,16 @@ class _Kernels:
         entry: the one that is being built.
     """
 
-    def __init__(self, builder: Any, target: Target, lowered: Lowered) -> None:
+    def __init__(self, builder: Any, target: Target, lowered: Lowered, activations: str) -> None:
         self.builder, self.target, self.lowered = builder, target, lowered
+        self._activations = activations
         self.entry = ""
         self._functions: dict[Case, Any] = {}
 
     def function(self, case: Case) -> Any:
         """The function that computes a case, for one call of it in the entry."""
+        if case.op == "quant_linear" and self._activations != "float":
+            case = case.with_attrs(activations=self._activations)
         self.lowered.calls[str(case)][self.entry] += 1
         if case not in self._functions:
             selection = select(case, self.target)

@@ -49,7 +49,9 @@ def nmse(got: np.ndarray, want: np.ndarray) -> float:
     return float(((got - want) ** 2).sum() / (want**2).sum())
 
 
-def check(name: str, folder: Path, *, group_size: int = 32, validate: bool = False, **changes: Any) -> Outcome:
+def check(
+    name: str, folder: Path, *, group_size: int = 32, validate: bool = False, activations: str = "float", **changes: Any
+) -> Outcome:
     """Compiles the tiny model ``name`` with 4-bit round-to-nearest linears into ``folder`` and runs it both ways.
 
     Args:
@@ -57,6 +59,7 @@ def check(name: str, folder: Path, *, group_size: int = 32, validate: bool = Fal
         folder: for the library.
         group_size: of the quantization.
         validate: compare the references before and after each pass, too.
+        activations: what quantized linears multiply, ``int8`` or ``float``.
     """
     model = tiny_model(name, **changes)
     store = ParamStore()
@@ -72,7 +75,7 @@ def check(name: str, folder: Path, *, group_size: int = 32, validate: bool = Fal
     assert model.load_state_dict(dequantized, strict=False).unexpected_keys == []
     want = _reference(model, ids)
     PassManager(list(lowering_passes(target, "float32")), validate=validate).run(program)
-    lowered = lower_to_relax(program, target, [1], sampling=False)
+    lowered = lower_to_relax(program, target, [1], sampling=False, activations=activations)
     library = folder / f"{name}.so"
     build(lowered.module, target, library)
     vm = _Vm(library, program, lowered)

@@ -24,3 +24,10 @@ def test_compiled_logits_are_those_of_transformers(name: str, tmp_path: pathlib.
         assert outcome.quantized == 12
     assert outcome.prefill <= BAR
     assert outcome.step <= BAR
+
+
+@pytest.mark.parametrize("name", ("llama", "opt"))
+def test_activations_of_8_bits_are_near(name: str, tmp_path: pathlib.Path) -> None:
+    outcome = check(name, tmp_path, group_size=16, activations="int8")
+    assert 1e-8 < outcome.prefill < 2e-3 and outcome.prefill < outcome.changed / 4
+    assert 1e-8 < outcome.step < 2e-3

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_compile.cli.output import note_line
 from gptq_compile.cli.parser import Parser
 from gptq_compile.errors import ConfigError
-from gptq_compile.options import CHECKPOINTS, DTYPES, CompileOptions
+from gptq_compile.options import ACTIVATIONS, CHECKPOINTS, DTYPES, CompileOptions
 from gptq_compile.passes.gptq.config import COMPUTE_DTYPES, METHODS, SEQUENTIAL, QuantizeConfig
 
 if TYPE_CHECKING:
@@ -142,6 +142,12 @@ def _target(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dtype", choices=DTYPES, help="type of activations and KV cache (default: float32 on cpu, float16 on cuda)"
+    )
+    group.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        help="what quantized linears on the CPU multiply: int8, rounded for each group, or float (default: int8 for "
+        "float32 on the CPU)",
     )
     group.add_argument(
         "--batch-buckets",

@@ -92,4 +92,4 @@ def test_is_chosen_for_a_few_rows_of_float32_alone():
                  _case(4, 128, 256, 64, 1, dtype="float16")):  # fmt: skip
         selection = select(case, CPU)
         assert selection.kernel.name != KERNELS[0].name
-        assert selection.refused[0][0] == KERNELS[0].name
+        assert KERNELS[0].name in dict(selection.refused)

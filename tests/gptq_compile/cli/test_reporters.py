@@ -14,6 +14,7 @@ from rich.console import Console
 from gptq_compile.cli import output, summary
 from gptq_compile.cli.compile import compile_with, parser, to_options
 from gptq_compile.cli.reporters import JsonReporter, PlainReporter, TerminalReporter
+from gptq_compile.errors import ConfigError
 from gptq_compile.options import CompileOptions
 
 
@@ -125,6 +126,15 @@ def test_settings_that_are_not_given_keep_their_defaults() -> None:
     more = options("--batch-buckets", "4,1,4", "--no-validate", "--offline", "--revision", "r", "--dtype", "float16")
     assert more.batch_buckets == (1, 4) and not more.validate and more.offline and more.revision == "r"
     assert more.dtype == "float16" and not more.trust_remote_code
+
+
+def test_what_linears_multiply_depends_on_the_target() -> None:
+    assert options().resolved_activations == options().as_dict()["activations"] == "int8"
+    for arguments in (["--activations", "float"], ["--dtype", "float16"], ["--target", "cuda"]):
+        assert options(*arguments).resolved_activations == "float"
+    for arguments in (["--dtype", "float16"], ["--target", "cuda"]):
+        with pytest.raises(ConfigError, match="for float32 on the CPU"):
+            options("--activations", "int8", *arguments)
 
 
 def test_numbers_for_people() -> None:

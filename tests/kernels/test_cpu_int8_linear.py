@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 8-bit quant_linear of the CPU against float64, exactly where activations are rounded as it does, in two ISAs."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from gptq_compile.kernels.cpu import byte_codes
+from gptq_compile.kernels.cpu.int8_linear import KERNELS
+from gptq_compile.kernels.cpu.int8_rows import PIECE
+from gptq_compile.kernels.layouts import layout_for
+from gptq_compile.kernels.registry import Case, select
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.tvm_env import tvm
+from gptq_compile.kernels.words import Grouping
+
+AVX2 = Target.parse("cpu")
+VNNI = Target.parse("cpu:x86-64-v4+avx512vnni")
+
+
+@functools.cache
+def _runs_vnni() -> bool:
+    features = tvm.target.codegen.llvm_get_cpu_features(
+        tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
+    )
+    return {"avx512vnni", "avx512bw", "avx512vl"} <= {str(feature) for feature in features}
+
+
+def _case(bits, group, k, n, rows, zeros=True, bias=False, dtype="float32", activations="int8") -> Case:
+    return Case.make(
+        "quant_linear", dtype, rows, in_features=k, out_features=n, bits=bits, group_size=group,
+        has_zeros=zeros, has_bias=bias, activations=activations,
+    )  # fmt: skip
+
+
+def _rounded(x: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """Activations as the kernel sees them: int8 with one scale a piece of a group."""
+    result = np.zeros(x.shape)
+    for group in range(grouping.groups):
+        end = min(x.shape[1], (group + 1) * grouping.group_size)
+        for start in range(group * grouping.group_size, end, PIECE):
+            piece = slice(start, min(end, start + PIECE))
+            top = np.abs(x[:, piece]).max(axis=1, keepdims=True)
+            inverse = np.where(top > 0, np.float32(127) / np.maximum(top, np.float32(1e-36)), np.float32(0))
+            result[:, piece] = np.rint(x[:, piece] * inverse) * (top * np.float32(1 / 127)).astype(np.float64)
+    return result
+
+
+def _run(target: Target, case: Case, x: np.ndarray, codes: np.ndarray, zeros: np.ndarray | None) -> tuple:
+    """Returns (kernel output, reference on rounded activations, reference), with random scales and bias."""
+    if target is VNNI and not _runs_vnni():
+        pytest.skip("this processor has no AVX-512 VNNI")
+    rng = np.random.default_rng(0)
+    n, k, bits = case["out_features"], case["in_features"], case["bits"]
+    grouping = Grouping.of(bits, k, case["group_size"])
+    scales = (rng.uniform(0.5, 2.0, (n, grouping.groups)) / 100).astype(np.float16).astype(np.float32)
+    bias = [rng.normal(size=n).astype(np.float32)] if case["has_bias"] else []
+    zero = np.full(scales.shape, 1 << (bits - 1)) if zeros is None else zeros
+    group = np.arange(k) // grouping.group_size
+    weight = scales.astype(np.float64)[:, group] * (codes - zero.astype(np.float64)[:, group])
+    library = tvm.compile(select(case, target, KERNELS).kernel.prim_func(case, target), target=target.tvm())
+    out = tvm.runtime.tensor(np.full((len(x), n), np.nan, np.float32))
+    packed = layout_for(case, target).pack(case, codes, scales, zeros)
+    library["quant_linear"](*map(tvm.runtime.tensor, [x, *packed.values(), *bias]), out)
+    with np.errstate(invalid="ignore"):
+        exact = x.astype(np.float64) @ weight.T + sum(bias)
+        return out.numpy(), _rounded(x, grouping) @ weight.T + sum(bias), exact
+
+
+def _nmse(got: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.sum((got - reference) ** 2) / np.sum(reference**2))
+
+
+@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize(
+    ("group", "k", "n", "rows", "static"),
+    [(128, 576, 48, 1, True), (20, 130, 37, 3, True), (-1, 300, 17, 8, True), (32, 96, 16, 1, False),
+     (33, 210, 50, 29, False), (-1, 600, 33, 13, False)],
+)  # fmt: skip
+def test_matches_float64(target, bits, group, k, n, rows, static):
+    case = _case(bits, group, k, n, rows if static else None, zeros=group != -1 and bits != 8, bias=n % 2 == 1)
+    rng = np.random.default_rng(bits * 1000 + k)
+    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
+    zeros = rng.integers(0, 1 << bits, (n, Grouping.of(bits, k, group).groups), dtype=np.uint8)
+    x = rng.normal(size=(rows, k)).astype(np.float32)
+    got, same_rounding, exact = _run(target, case, x, codes, zeros if case["has_zeros"] else None)
+    assert _nmse(got, same_rounding) < 1e-11
+    assert _nmse(got, exact) < 2e-4
+
+
+@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+def test_rows_beyond_one_chunk_of_the_cache(target, monkeypatch):
+    monkeypatch.setattr("gptq_compile.kernels.cpu.int8_linear.CHUNK_BYTES", 64 * 24)
+    case = _case(4, 32, 64, 32, None)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(67, 64)).astype(np.float32)
+    codes, zeros = rng.integers(0, 16, (32, 64), dtype=np.uint8), rng.integers(0, 16, (32, 2), dtype=np.uint8)
+    got, same_rounding, _ = _run(target, case, x, codes, zeros)
+    assert _nmse(got, same_rounding) < 1e-11
+
+
+@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize(("code", "zero"), [(255, 0), (0, 255), (255, 255)])
+def test_the_largest_sums_are_exact(target, code, zero):
+    case = _case(8, -1, 512, 16, 2)
+    x = np.full((2, 512), 127.0, np.float32)
+    x[1] *= -1
+    got, _, exact = _run(target, case, x, np.full((16, 512), code, np.uint8), np.full((16, 1), zero, np.uint8))
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
+def test_activations_of_zero_and_tiny_ones():
+    case = _case(4, 32, 64, 16, 3)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (16, 64), dtype=np.uint8)
+    x = np.full((3, 64), 1e-40, np.float32)
+    x[1] = rng.normal(size=64) * 1e-25
+    x[2, 32:] = 1.0  # one group of zeros
+    x[2, :32] = 0.0
+    got, same_rounding, _ = _run(AVX2, case, x, codes, rng.integers(0, 16, (16, 2), dtype=np.uint8))
+    assert not got[0].any()
+    np.testing.assert_allclose(got[1:], same_rounding[1:], rtol=1e-4, atol=1e-28)
+
+
+@pytest.mark.parametrize("value", (np.nan, np.inf, -np.inf))
+@pytest.mark.parametrize("rows", (1, None))
+def test_what_is_not_finite_stays_so(value, rows):
+    x = np.ones((1, 64), np.float32)
+    x[0, 40] = value
+    got, _, _ = _run(AVX2, _case(4, 32, 64, 16, rows), x, np.full((16, 64), 9, np.uint8), np.full((16, 2), 8, np.uint8))
+    assert not np.isfinite(got).any()
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_the_order_of_bytes_names_every_code_once(bits):
+    codes = byte_codes.order(bits)
+    assert sorted(codes) == list(range(len(codes)))
+
+
+def test_is_chosen_where_it_was_asked_for_alone():
+    assert select(_case(4, 128, 256, 64, 1), AVX2).kernel is KERNELS[0]
+    assert select(_case(4, 128, 256, 64, None), AVX2).kernel is KERNELS[1]
+    assert select(_case(4, 128, 256, 64, 9), AVX2).kernel is KERNELS[1]
+    for case in (_case(4, 128, 256, 64, 1, activations="float"), _case(4, 8, 256, 64, 1),
+                 _case(4, 128, 256, 64, 1, dtype="float16")):  # fmt: skip
+        selection = select(case, AVX2)
+        assert selection.kernel not in KERNELS
+        assert selection.refused[0][0] == KERNELS[0].name
+    refusal = KERNELS[1].can_implement(_case(4, 128, 256, 64, 1), Target.parse("cpu:aarch64"))
+    assert refusal is not None and "AVX2" in refusal.reason
