@@ -57,12 +57,16 @@ def byte_vectors(words: list[Expr], bits: int, lanes: int) -> list[Expr]:
     if bits != 3:
         mask = ((1 << bits) - 1) * 0x01010101
         return [moved(words[0], at) & constant(mask) for at in range(0, 8, bits)]
-    halves = [moved(words[word], at) for word, at in _PAIR_3]
-    last = [moved(word, 15 - at) & constant(0x00010001 << at) for at, word in enumerate(words)]
-    halves.append(last[0] | last[1] | last[2])
+    # Each vector: one pair in bytes 0 and 2, another one in bytes 1 and 3. The last pair is spread over the words.
+    spread = [moved(word, 15 - at) & constant(0x00010001 << at) for at, word in enumerate(words)]
+    last = spread[0] | spread[1] | spread[2]
     found = []
-    for low, (word, at) in zip(halves[0::2], [*_PAIR_3[1::2], (None, None)], strict=True):
-        high = halves[15] << constant(8) if word is None else moved(words[word], at - 8)
+    for first in range(0, 16, 2):
+        word, at = _PAIR_3[first]
+        low, high = moved(words[word], at), last << constant(8)
+        if first + 1 < len(_PAIR_3):
+            word, at = _PAIR_3[first + 1]
+            high = moved(words[word], at - 8)
         found.append(((low & constant(0x00FF00FF)) | (high & constant(0xFF00FF00))) & constant(0x07070707))
     return found
 

@@ -144,10 +144,10 @@ class _Product:
         def emit(block: Expr, count: int) -> None:
             for b in range(count):
                 at = (first_block + block + b) * self.vectors
-                unpacked = self.unpacked(tile, (first_block + block + b) * self.per_words) if panel is None else None
+                unpacked = [] if panel is not None else self.unpacked(tile, (first_block + block + b) * self.per_words)
                 for p, part in enumerate(self._parts()):
                     for j in range(self.vectors):
-                        codes = panel[at + j, part] if unpacked is None else unpacked[p][j]
+                        codes = unpacked[p][j] if panel is None else panel[at + j, part]
                         for r, row in enumerate(rows):
                             acc = sums[r][(b * self.vectors + j) % chains]
                             values = ir.Broadcast(x.lanes[row, at + j], self.width)

@@ -188,7 +188,7 @@ def test_inspect_tells_settings_layers_and_kernels(compiled: Any, capsys: pytest
     [prefill] = [c for c in found["choices"] if c["kernel"] == "cpu.quant_linear.panel"]
     assert prefill["calls"] == {"forward": 14} and len(prefill["cases"]) == 4  # linears, and their shapes
     reasons = {found["refused"][case]["cpu.quant_linear.int16"] for case in prefill["cases"]}
-    assert ["cpu.quant_linear.int16", *reasons] == prefill["refused"][0]
+    assert ["cpu.quant_linear.int16", *reasons] in prefill["refused"]
     assert found["translated"]["aten.embedding.default"] == {"forward": 1, "decode_1": 1, "decode_2": 1}
     ran = compiled.events[-1]["passes"]
     assert [(p["name"], p["seconds"]) for p in found["passes"]] == [(p["name"], p["seconds"]) for p in ran]
