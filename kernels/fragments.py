@@ -8,17 +8,20 @@ stand for the eight k from 32p + 8c on, so activations are read 16 bytes at a ti
 codes begin and end between steps. In the other, `natural` order step s stands for the sixteen k from 16s on, as wgmma
 reads them where activations were copied to shared memory as they are.
 
-A code that stands at bit s of a half-word, with the other bits masked away, *is* the half code * 2**(s - 24): a
-subnormal number, which tensor cores multiply exactly. Codes are therefore placed at bits 0-9 wherever possible, with
-one power of two for a step's rows below 8 and one for the others; 2**24 is put back with the scale, in float32.
+Two ways of taking codes out of words want the same of their places. A code that stands at bit s of a half-word, with
+the other bits masked away, *is* the half code * 2**(s - 24): a subnormal number, which tensor cores multiply exactly.
+And a word in which every byte keeps one code, at the same bit, is four 8-bit integers of a fragment of mma.m16n8k32,
+times a power of two. So codes never cross a byte, and there is one bit for a step's rows below 8 and one for the
+others; powers of two are put back with the scale, in float32.
 
-Bits of the 32 codes of a lane, one half-word each (even k low, odd k high):
+Bits of the 32 codes of a lane, one half-word each (even k low, odd k high), the first pair of a step in the low byte,
+the second in the high one:
 
-* 4: word = step; row g at bits 0 and 8 (k of the first, then the second pair), row g + 8 at 4 and 12.
-* 8: words 2 step (row g) and 2 step + 1 (row g + 8), at bits 0 and 8.
-* 2: word = step / 2, as with 4 bits at 0, 8 and 2, 10; odd steps 4 bits higher.
-* 3: words 0-2 hold steps 0-2: row g at 0 and 9, row g + 8 at 3 and 12. Step 3 is in what is left: bits 6-8 of the
-  three words, and its last pair bit by bit in bit 15 of each.
+* 4: word = step; row g at bit 0 of the byte, row g + 8 at 4.
+* 8: words 2 step (row g) and 2 step + 1 (row g + 8).
+* 2: word = step / 2; row g at 0, row g + 8 at 2; odd steps 4 bits higher.
+* 3: words 0-2 hold steps 0-2: row g at 2, row g + 8 at 5. Step 3 is in the two bits below: the low two bits of row g
+  in word 0, of row g + 8 in word 1, and the third bits of both in word 2.
 """
 
 from __future__ import annotations
@@ -73,10 +76,8 @@ def _place(bits: int, step: int, high: int, pair: int) -> list[tuple[int, int, i
     if bits == 2:
         return [(step // 2, 4 * (step % 2) + 2 * high + 8 * pair, 2, 0)]
     if step < 3:
-        return [(step, 3 * high + 9 * pair, 3, 0)]
-    if (high, pair) == (0, 1):
-        return [(word, 15, 1, word) for word in range(3)]
-    return [({(0, 0): 0, (1, 0): 1, (1, 1): 2}[high, pair], 6, 3, 0)]
+        return [(step, 2 + 3 * high + 8 * pair, 3, 0)]
+    return [(high, 8 * pair, 2, 0), (2, high + 8 * pair, 1, 2)]
 
 
 def encode(bits: int, codes: np.ndarray, natural: bool = False) -> np.ndarray:

@@ -14,14 +14,17 @@ activations meet exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import stream_body, stream_input, tile_source
+from gptq_compile.kernels.cuda import stream_body, stream_digits, stream_halves, stream_input, tile_source
 from gptq_compile.kernels.cuda.stream_input import Input
 from gptq_compile.kernels.words import Grouping
 
 UNIT = 128
 MAX_ROWS = 16
+DIGIT_ROWS = 4
+"""Rows up to which activations are pairs of 8-bit integers: so many fill the columns of one multiplication."""
 BLOCKS = 132
 """Blocks of a launch: one per multiprocessor of an H100 or H200. Fewer run several after another."""
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -97,11 +100,12 @@ def shared_bytes(shape: Shape, config: Config) -> int:
     """Returns the shared memory of a block: rings, activations, their sums, statistics of rows, partial results."""
     warps = config.tiles * config.splits
     runs = UNIT // shape.run
-    columns = _columns(shape.rows)
+    columns = _columns(shape)
     units = staged_units(shape, config)
     ring = warps * config.depth * slot_bytes(shape, config)
-    x = shape.rows * (units * UNIT + 32) * 2
-    sums = shape.rows * units * runs * 4
+    digits = uses_digits(shape)
+    x = shape.rows * (units * UNIT + (16 if digits else 32)) * 2
+    sums = shape.rows * units * runs * (8 if digits else 4)
     partial = 2 * warps * config.height * 16 * columns * 4 if config.splits > 1 else 0
     return ring + x + -(-sums // 16) * 16 + _scratch(shape, config) + partial
 
@@ -142,33 +146,24 @@ def held(shape: Shape, config: Config) -> int:
     return -(-shape.rows * staged_units(shape, config) * 16 // (32 * config.tiles * config.splits))
 
 
-def _columns(rows: int) -> int:
-    return 1 if rows == 1 else -(-rows // 8) * 8 + 1
+def uses_digits(shape: Shape) -> bool:
+    """Whether codes are multiplied as integers (`stream_digits`), not as halves (`stream_halves`)."""
+    return shape.rows <= DIGIT_ROWS
+
+
+def _columns(shape: Shape) -> int:
+    each = 4 if uses_digits(shape) else 8
+    return 1 if shape.rows == 1 else -(-shape.rows // each) * each + 1
 
 
 def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
     """Returns the division of the work for the smallest shared memory of `archs`, or None if nothing fits.
 
-    Sixteen warps a block. Up to two tiles for every multiprocessor they all share the K of one; else eight warps share
-    it, with codes of two and three bits and many tiles four, which then take two tiles or two units at once: it is
-    instructions that are short then. Measured on an H200 for the shapes of Llama-3-8B (benchmarks/RESULTS.md,
-    "Quantized linear kernels").
+    Measured on an H200 for the shapes of Llama-3-8B and OPT-175B (benchmarks/RESULTS.md, "Quantized linear kernels").
     """
     limit = min(_limits(archs)) - RESERVED
-    bits, each = shape.grouping.bits, -(-shape.row_tiles // BLOCKS)
-    tiles, height, units = min(each, 4), 1, 1
-    if bits == 8:
-        pass
-    elif shape.rows > 8:
-        tiles = 2 if each <= 4 else 8
-    elif bits == 4 or each <= 4:
-        tiles = 1 if each <= 2 and shape.rows <= (4 if shape.units >= 64 else 2) else min(each, 2)
-    else:
-        height = 2
-    if bits == 3 and (height == 2 or shape.units >= 64):
-        tiles, units = max(tiles, min(each, 2)), 2
-    if bits == 2 and shape.units >= 64:
-        tiles, units = max(tiles, min(each, 2)), 2
+    each = -(-shape.row_tiles // BLOCKS)
+    tiles, height, units = _for_digits(shape, each) if uses_digits(shape) else _for_halves(shape, each)
     splits = 16 // tiles
     while splits * units > shape.units:
         splits, units = max(splits // 2, 1), 1
@@ -182,7 +177,9 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
                 if norm and held(shape, config) > stream_input.MOST_HELD[shape.made.kind]:
                     return None
                 return config
-        if units > 1:
+        if height > 1 and uses_digits(shape):
+            height = 1
+        elif units > 1:
             units = 1
         elif tiles > 1:
             tiles //= 2
@@ -190,6 +187,39 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
             splits //= 2
         else:
             return None
+
+
+def _for_digits(shape: Shape, each: int) -> tuple[int, int, int]:
+    """Returns (tiles, height, units) for `each` tiles a block where codes are multiplied as integers.
+
+    What counts is bytes under way: two units a turn, and two tiles with the same activations where K is short.
+    """
+    if shape.grouping.bits == 8:
+        return min(each, 4), 1, 1
+    if shape.units >= 64:
+        return min(each, 2), 1, 2
+    return (1, 1, 2) if each <= 4 else (4, 2, 2)
+
+
+def _for_halves(shape: Shape, each: int) -> tuple[int, int, int]:
+    """Returns (tiles, height, units) for `each` tiles a block where codes are multiplied as halves.
+
+    Eight warps share the K of a tile, with codes of two and three bits and many tiles four, which then take two tiles
+    or two units at once: it is instructions that are short then.
+    """
+    bits = shape.grouping.bits
+    tiles, height, units = min(each, 4), 1, 1
+    if bits == 8:
+        pass
+    elif shape.rows > 8:
+        tiles = 2 if each <= 4 else 8
+    elif bits == 4 or each <= 4:
+        tiles = min(each, 2)
+    else:
+        height = 2
+    if bits < 4 and ((bits == 3 and height == 2) or shape.units >= 64):
+        tiles, units = max(tiles, min(each, 2)), 2
+    return tiles, height, units
 
 
 def source(
@@ -214,18 +244,26 @@ def source(
         "STAGED": staged_units(shape, config), "U": config.units,
         "T": config.tiles, "S": config.splits, "R": config.height, "D": config.depth,
         "SLOT": slot_bytes(shape, config), "EARLY": early_turns(shape, config),
-        "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape.rows),
+        "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape),
         "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
         "MOST_HELD": stream_input.MOST_HELD[shape.made.kind], "SCRATCH": _scratch(shape, config),
         "LOW": 24 - tile_source.exponent(bits, 0), "HIGH": 24 - tile_source.exponent(bits, 1),
+        "BIT_LOW": tile_source.exponent(bits, 0), "BIT_HIGH": tile_source.exponent(bits, 1),
     }  # fmt: skip
     text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
     zeros = "const unsigned char* __restrict__ zeros, " if shape.has_zeros else ""
     bias = "const half* __restrict__ bias, " if has_bias else ""
     residual = "const float* __restrict__ residual, " if has_residual else ""
     parameters = shape.made.parameters
+    way: Any = stream_digits if uses_digits(shape) else stream_halves
     body = (
-        stream_body.BODY.replace("@STORE@", stream_body.STORE_NATURAL if natural else stream_body.STORE)
+        stream_body.BODY.replace("@CONSTANTS@", way.CONSTANTS)
+        .replace("@STAGE@", way.STAGE)
+        .replace("@OPERANDS@", way.OPERANDS)
+        .replace("@MULTIPLY@", way.MULTIPLY)
+        .replace("@TOKEN@", way.TOKEN)
+        .replace("@STORE@", way.STORE_NATURAL if natural else way.STORE)
+        .replace("@WORDS@", stream_digits.WORDS_NATURAL if natural else stream_digits.WORDS)
         .replace("@INPUT@", stream_input.source(shape.made))
         .replace("@SOURCE@", "".join(f"const {kind}* __restrict__ {key}, " for key, kind in parameters))
         .replace("@ARGUMENTS@", ", ".join(key for key, _ in parameters))
@@ -239,9 +277,11 @@ def source(
         .replace("@OUT@", out_type)
         .replace("@ADD_BIAS@", "v += __half2float(bias[row]);" if has_bias else "")
         .replace("@FRAGMENTS@", f"gq_fragments{bits}")
+        .replace("@BYTES@", f"gq_bytes{bits}")
         .replace("@HAS_ZEROS@", "true" if shape.has_zeros else "false")
         .replace("@ZEROS_POINTER@", "zeros" if shape.has_zeros else "nullptr")
     )
-    head = tile_source.PTX + tile_source.COMMON + tile_source.fragments(bits)
+    head = tile_source.PTX + tile_source.COMMON
+    head += tile_source.bytes_of(bits) if uses_digits(shape) else tile_source.fragments(bits)
     head += tile_source.LAUNCH if shape.dependent else ""
     return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"

@@ -3,47 +3,26 @@
 
 from __future__ import annotations
 
-STORE = """  *reinterpret_cast<uint4*>(staged + j / PIECES * STRIDE + j % PIECES * 8) = v;
-"""
-STORE_NATURAL = """  // What a lane multiplies by two steps, the same word of four neighbouring pieces, comes to stand
-  // together: it is read more often than written. A warp's lanes begin with different words, and so meet all banks.
-  const bool one = j / 8 % 2, two = j / 16 % 2;
-  const unsigned once[4] = {one ? v.y : v.x, one ? v.z : v.y, one ? v.w : v.z, one ? v.x : v.w};
-  unsigned* to = reinterpret_cast<unsigned*>(staged + j / PIECES * STRIDE + j % PIECES / 4 * 32) + j % 4;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[(i + one + 2 * two) % 4 * 4] = two ? once[(i + 2) % 4] : once[i];
-"""
-
 BODY = """
-constexpr int THREADS = T * S * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, STRIDE = STAGED * 128 + 32;
-constexpr int ACCUMULATORS = RUN == 32 ? 4 : 2;
-constexpr bool ONE = M == 1, HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
+constexpr int THREADS = T * S * 32, RUNS = 128 / RUN;
+@CONSTANTS@
+constexpr bool HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
 constexpr int SUPERS = (TILES + R - 1) / R;
 constexpr int PIECES = STAGED * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
 constexpr int TURN = U * BITS * 256, GRIDS = R * U * RUNS, SCALE_AT = R * TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
-constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + M * STRIDE * 2;
-constexpr int SCRATCH_AT = SUMS_AT + (M * STAGED * RUNS * 4 + 15) / 16 * 16, PARTIAL_AT = SCRATCH_AT + SCRATCH;
+constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + X_BYTES;
+constexpr int SCRATCH_AT = SUMS_AT + (M * STAGED * RUNS * int(sizeof(Sum)) + 15) / 16 * 16;
+constexpr int PARTIAL_AT = SCRATCH_AT + SCRATCH;
 
 @INPUT@
-// Stages sixteen bytes of x and adds up the codes of a run across the lanes that hold it.
-__device__ __forceinline__ void stage(uint4 v, int j, half* staged, float* sums) {
-  float s = 0.f;
-  const unsigned words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) { float2 f = gq_floats(words[i]); s += f.x + f.y; }
-#pragma unroll
-  for (int offset = RUN / 16; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
-  if (j >= M * PIECES) return;
-@STORE@  if (j % (RUN / 8) == 0) sums[j / PIECES * STAGED * RUNS + j % PIECES / (RUN / 8)] = HAS_ZEROS ? s : s * ZERO;
-}
-
+@STAGE@
 __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, const half* __restrict__ scales,
                                     @ZEROS@@BIAS@@RESIDUAL@@OUT@* __restrict__ out, unsigned char* shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int part = warp / S, split = warp % S, blocks = gridDim.x;
   unsigned char* ring = shared + warp * D * SLOT;
-  half* staged = reinterpret_cast<half*>(shared + X_AT);
-  float* sums = reinterpret_cast<float*>(shared + SUMS_AT);
+  unsigned char* staged = shared + X_AT;
+  Sum* sums = reinterpret_cast<Sum*>(shared + SUMS_AT);
   float* partial = reinterpret_cast<float*>(shared + PARTIAL_AT);
   const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
 
@@ -147,22 +126,11 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
   }
   __syncthreads();
 
-  const half* rows[NT];
-  const float* row_sums[2 * NT];
-#pragma unroll
-  for (int t = 0; t < NT; ++t) {
-    rows[t] = staged + (t * 8 + g < M ? t * 8 + g : M - 1) * STRIDE + 8 * c;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column = t * 8 + 2 * c + i < M ? t * 8 + 2 * c + i : M - 1;
-      row_sums[2 * t + i] = sums + column * STAGED * RUNS;
-    }
-  }
-
+@OPERANDS@
   int use = 0, parity = 0;
 #pragma unroll 1
   for (int super = blockIdx.x + blocks * part; super < SUPERS; super += blocks * T) {
-    float total[R][NT][4] = {};
+    float total[R][NT][EACH] = {};
 #pragma unroll 1
     for (int u = split * U; u < UNITS; u += S * U) {
       gq_wait<D - 2>();
@@ -189,58 +157,8 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
 
 #pragma unroll
       for (int y = 0; y < U; ++y) {
-        unsigned b[NT][2][8];
-#pragma unroll
-        for (int t = 0; t < NT; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            uint4 v = *reinterpret_cast<const uint4*>(rows[t] + (u + y) * 128 + i * 32);
-            unsigned* to = &b[t][i / 2][i % 2 * 4];
-            to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
-          }
-        float sum[ACCUMULATORS][R][NT][SETS][4] = {};
-        unsigned a[2][R][4][4];
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-              if (step == 0) @FRAGMENTS@(a[h][r], words[y][h][r]);
-#pragma unroll
-              for (int t = 0; t < NT; ++t)
-                gq_mma4(sum[RUN == 32 ? 2 * h + step / 2 : h][r][t][SETS == 2 ? step % 2 : 0],
-                        a[h][r][step], b[t][h][2 * step], b[t][h][2 * step + 1]);
-            }
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-#pragma unroll
-          for (int run = 0; run < RUNS; ++run) {
-            const float2 factor = gq_floats(scale[r][y * RUNS + run]);
-            // Everything but the scale is in units of 2^-LOW and 2^-HIGH.
-            const unsigned pair = HAS_ZEROS ? zero[r][HAS_ZEROS ? y * RUNS + run : 0] : 257u;
-            const float zero_low = HAS_ZEROS ? float(pair & 255u) * (1.f / (1 << LOW)) : 1.f / (1 << LOW);
-            const float zero_high = HAS_ZEROS ? float(pair >> 8) * (1.f / (1 << HIGH)) : 1.f / (1 << HIGH);
-#pragma unroll
-            for (int t = 0; t < NT; ++t)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                if (ONE && i % 2) continue;
-                float v = sum[run][r][t][0][i];
-                if (RUN == 128) v += sum[1][r][t][0][i];
-                if (SETS == 2) {
-                  float odd = sum[run][r][t][SETS - 1][i];
-                  if (RUN == 128) odd += sum[1][r][t][SETS - 1][i];
-                  v += odd * (1.f / (1 << SECOND));
-                }
-                v -= (i < 2 ? zero_low : zero_high) * row_sums[2 * t + i % 2][(u + y) * RUNS + run];
-                total[r][t][i] += v * (i < 2 ? factor.x : factor.y);
-              }
-          }
-      }
+@MULTIPLY@      }
     }
-#pragma unroll
-    for (int i = 0; i < R * NT * 4; ++i) total[i / (4 * NT)][i / 4 % NT][i % 4] *= float(1 << (i % 4 < 2 ? LOW : HIGH));
     auto put = [&](int m, int row, float v) {
       if (m < M && row < N) {
         @ADD_BIAS@
@@ -248,20 +166,22 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
         out[(long long)m * N + row] = (@OUT@)v;
       }
     };
-    if constexpr (S == 1) {
+    // Which token and row of the tile the i-th total of a lane is of.
+    auto token_of = [&](int t, int i) { return @TOKEN@; };
+    auto row_of = [&](int r, int i) { return r * 16 + g + i / (EACH / 2) * 8; };
+    float* mine = S > 1 ? partial + ((parity * T + part) * S) * R * 16 * COLUMNS : nullptr;
 #pragma unroll
-      for (int i = 0; i < R * NT * 4; ++i) {
-        const int column = i / 4 % NT * 8 + 2 * c + i % 2, row = i / (4 * NT) * 16 + g + i % 4 / 2 * 8;
-        put(column, super * R * 16 + row, total[i / (4 * NT)][i / 4 % NT][i % 4]);
-      }
-    } else {
-      float* mine = partial + ((parity * T + part) * S) * R * 16 * COLUMNS;
+    for (int r = 0; r < R; ++r)
 #pragma unroll
-      for (int i = 0; i < R * NT * 4; ++i) {
-        const int column = i / 4 % NT * 8 + 2 * c + i % 2, row = i / (4 * NT) * 16 + g + i % 4 / 2 * 8;
-        const float v = total[i / (4 * NT)][i / 4 % NT][i % 4];
-        if (column < COLUMNS) mine[(split * R * 16 + row) * COLUMNS + column] = v;
-      }
+      for (int t = 0; t < NT; ++t)
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+          const float v = total[r][t][i] * (i < EACH / 2 ? UNIT_LOW : UNIT_HIGH);
+          const int token = token_of(t, i), row = row_of(r, i);
+          if (S == 1) put(token, super * R * 16 + row, v);
+          else if (token < COLUMNS) mine[(split * R * 16 + row) * COLUMNS + token] = v;
+        }
+    if constexpr (S > 1) {
       gq_barrier(part + 1, S * 32);
       for (int j = split * 32 + lane; j < R * 16 * M; j += S * 32) {
         const int row = j % (R * 16), m = j / (R * 16);

@@ -18,6 +18,19 @@ __device__ __forceinline__ void gq_mma4(float* d, const unsigned* a, unsigned b0
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Unsigned bytes times signed ones; d = c + a b.
+__device__ __forceinline__ void gq_mma_bytes(unsigned* d, const unsigned* a, unsigned b0, unsigned b1,
+                                             const unsigned* c) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+// A constant that stays in its register.
+__device__ __forceinline__ unsigned gq_kept(unsigned v) {
+  unsigned r;
+  asm volatile("mov.u32 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
 // (v & mask) | more in one instruction, which the compiler does not find where both are constants.
 __device__ __forceinline__ unsigned gq_and_or(unsigned v, unsigned mask, unsigned more) {
   unsigned r;
@@ -106,6 +119,7 @@ __device__ __forceinline__ float2 gq_floats(unsigned pair) {
   return make_float2(__half2float(h.x), __half2float(h.y));
 }
 __device__ __forceinline__ float gq_float(unsigned bits) { return *reinterpret_cast<float*>(&bits); }
+__device__ __forceinline__ unsigned gq_bits(float v) { return *reinterpret_cast<unsigned*>(&v); }
 __device__ __forceinline__ unsigned gq_pair(float low, float high) {
   half2 h;
   h.x = (half)low;
@@ -149,11 +163,16 @@ def sets(bits: int) -> int:
 
 def exponent(bits: int, high: int) -> int:
     """Returns t of rows g (high 0) or g + 8 (high 1): `fragments` yields code * 2**(t - 24) in accumulator 0."""
-    return {2: 2, 3: 3, 4: 4, 8: 0}[bits] * high
+    return {2: 2, 3: 3, 4: 4, 8: 0}[bits] * high + (2 if bits == 3 else 0)
 
 
 SECOND_SET = 4
 """Accumulator 1 holds code * 2**(t + SECOND_SET - 24)."""
+
+
+def _shifted(word: int, right: int) -> str:
+    """Returns the expression of a word shifted right, or left where `right` is negative."""
+    return f"(w[{word}] >> {right})" if right > 0 else f"(w[{word}] << {-right})" if right else f"w[{word}]"
 
 
 def _masked(bits: int, step: int, high: int, pair: int, bit: int, more: int = 0) -> str:
@@ -163,7 +182,7 @@ def _masked(bits: int, step: int, high: int, pair: int, bit: int, more: int = 0)
     for part in parts:
         right = part.shift - part.low - bit
         mask = (((1 << part.width) - 1) << (part.low + bit)) * 0x10001
-        word = f"(w[{part.word}] >> {right})" if right else f"w[{part.word}]"
+        word = _shifted(part.word, right)
         terms.append((word, f"0x{mask:08x}u"))
     if not more:
         return " | ".join(f"({word} & {bits_of})" for word, bits_of in terms)
@@ -186,6 +205,33 @@ def fragments(bits: int) -> str:
 #ifndef GQ_FRAGMENTS{bits}
 #define GQ_FRAGMENTS{bits}
 __device__ __forceinline__ void gq_fragments{bits}(unsigned (*a)[4], const unsigned* w) {{
+  {body}
+}}
+#endif
+"""
+
+
+def bytes_of(bits: int) -> str:
+    """Returns ``gq_bytes{bits}(unsigned a[2][4], const unsigned* w)``: fragments of unsigned bytes for mma.m16n8k32.
+
+    a[j] holds steps 2j (registers 0 and 1: rows g and g + 8) and 2j + 1 (registers 2 and 3), four codes a register in
+    the order (first pair, second pair) of even k, then of odd k; each is code * 2**`exponent`.
+    """
+    lines = []
+    for step in range(STEPS):
+        for high in (0, 1):
+            bit = exponent(bits, high)
+            terms = []
+            for part in lane_fields(bits)[(step * 2 + high) * 4]:
+                mask = (((1 << part.width) - 1) << (part.low + bit)) * 0x1010101
+                word = _shifted(part.word, part.shift - part.low - bit)
+                terms.append(f"({word} & 0x{mask:08x}u)" if bits < 8 else word)
+            lines.append(f"a[{step // 2}][{step % 2 * 2 + high}] = {' | '.join(terms)};")
+    body = "\n  ".join(lines)
+    return f"""
+#ifndef GQ_BYTES{bits}
+#define GQ_BYTES{bits}
+__device__ __forceinline__ void gq_bytes{bits}(unsigned (*a)[4], const unsigned* w) {{
   {body}
 }}
 #endif
@@ -226,12 +272,9 @@ __device__ __forceinline__ void gq_integers{bits}(unsigned (*a)[4], const unsign
 def code_lookup(bits: int, natural: bool = False) -> str:
     """Returns ``gq_code{bits}(tile, row, k)``: one code of a tile in either order of k, for the plain kernel."""
     if bits == 3:
-        body = """if (step < 3) return at(step) >> (3 * high + 9 * pair + 16 * odd) & 7;
-  if (!high && pair) {
-    int shift = 15 + 16 * odd;
-    return (at(0) >> shift & 1) | (at(1) >> shift & 1) << 1 | (at(2) >> shift & 1) << 2;
-  }
-  return at(high ? 1 + pair : 0) >> (6 + 16 * odd) & 7;"""
+        body = """int byte = 8 * pair + 16 * odd;
+  if (step < 3) return at(step) >> (2 + 3 * high + byte) & 7;
+  return (at(high) >> byte & 3) | (at(2) >> (high + byte) & 1) << 2;"""
     else:
         word, bit = {
             2: ("step / 2", "4 * (step % 2) + 2 * high + 8 * pair"),

@@ -93,6 +93,7 @@ template <typename T, int N> struct emu_shared : emu_array<T, N> {
 typedef _Float16 half;
 struct half2 { half x, y; };
 struct __attribute__((aligned(8))) uint2 { unsigned x, y; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct float2 { float x, y; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float __half2float(half v) { return v; }
@@ -135,14 +136,24 @@ static float __shfl_xor_sync(unsigned, float v, int mask) {
   return other;
 }
 
+static int emu_integers[128][32];
 static int __shfl_sync(unsigned, int v, int from) {
   int warp = emu_current / 32;
-  static int values[128][32];
-  values[warp][emu_current % 32] = v;
+  emu_integers[warp][emu_current % 32] = v;
   emu_warp_wait();
-  int other = values[warp][from];
+  int other = emu_integers[warp][from];
   emu_warp_wait();
   return other;
+}
+static int __shfl_xor_sync(unsigned mask, int v, int with) { return __shfl_sync(mask, v, emu_current % 32 ^ with); }
+static unsigned __shfl_xor_sync(unsigned mask, unsigned v, int with) {
+  return unsigned(__shfl_xor_sync(mask, int(v), with));
+}
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
+  const uint64_t bytes = low | uint64_t(high) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> (select >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
 }
 
 // mma.sync.m16n8k16, fragments as in the PTX manual.
@@ -167,6 +178,28 @@ static void emu_mma(emu_span<float> d, unsigned a0, unsigned a1, unsigned a2, un
     for (int k = 0; k < 16; ++k) d[i] += float(a[g + 8 * (i / 2)][k]) * float(b[k][2 * c + i % 2]);
   emu_warp_wait();
 }
+
+// mma.sync.m16n8k32 of unsigned and signed bytes.
+static uint8_t emu_bytes_a[128][16][32];
+static int8_t emu_bytes_b[128][32][8];
+static void gq_mma_bytes(unsigned* d, const unsigned* a, unsigned b0, unsigned b1, const unsigned* c0) {
+  int warp = emu_current / 32, lane = emu_current % 32, g = lane / 4, c = lane % 4;
+  unsigned begin[4];
+  memcpy(begin, c0, 16);
+  for (int i = 0; i < 4; ++i)
+    for (int e = 0; e < 4; ++e) emu_bytes_a[warp][g + i % 2 * 8][i / 2 * 16 + 4 * c + e] = uint8_t(a[i] >> 8 * e);
+  for (int e = 0; e < 4; ++e) {
+    emu_bytes_b[warp][4 * c + e][g] = int8_t(b0 >> 8 * e);
+    emu_bytes_b[warp][16 + 4 * c + e][g] = int8_t(b1 >> 8 * e);
+  }
+  emu_warp_wait();
+  for (int i = 0; i < 4; ++i) {
+    d[i] = begin[i];
+    for (int k = 0; k < 32; ++k) d[i] += emu_bytes_a[warp][g + 8 * (i / 2)][k] * emu_bytes_b[warp][k][2 * c + i % 2];
+  }
+  emu_warp_wait();
+}
+static unsigned gq_kept(unsigned v) { return v; }
 
 // What tile_source.PTX says in assembly. Asynchronous copies: the target is poisoned at once and written at the wait.
 #define GQ_PTX

@@ -185,6 +185,33 @@ def test_codes_meet_activations_exactly(tmp_path):
 
 
 @needs_gxx
+@pytest.mark.parametrize("target", ["cuda:sm_90", "cuda:sm_90a"])
+def test_digits_follow_the_largest_activation_of_a_run(target, tmp_path):
+    # Runs of very different size in one row, subnormal halves, an outlier, a run of zeros, and infinity in a token.
+    built = Target.parse(target)
+    case = Case.make(
+        "quant_linear", "float16", 3, in_features=384, out_features=24, bits=3, group_size=64, has_zeros=False,
+        has_bias=False, out_dtype="float32",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 8, (24, 384), dtype=np.uint8)
+    scales = rng.uniform(0.5, 1.5, (24, 6)).astype(np.float16).astype(np.float32)
+    sizes = np.repeat([[3e4, 1e-7, 1, 0, 1e-3, 1], [1, 1, 2e-5, 50, 1, 1], [1, 1, 1, 1, 1, 1]], 64, 1)
+    x = (rng.uniform(-1, 1, (3, 384)) * sizes).astype(np.float16)
+    x[1, 7], x[2, 300] = 1000, np.inf
+    out = np.full((3, 24), np.nan, np.float32)
+    tensors = {"x": x, "out": out, **layout_for(case, built).pack(case, codes, scales, None)}
+    kernel = next(k for k in quant_linear.KERNELS if k.name.endswith("quant_linear.stream"))
+    cuda_emulator.run(kernel.prim_func(case, built), built, tensors, 3, tmp_path)
+    weight = np.repeat(scales, 64, 1).astype(np.float64) * (codes - 4.0)
+    # Half a unit, 2**-14 of the largest activation of a run, each.
+    runs = np.abs(x[:2].astype(np.float64)).reshape(2, 6, 64).max(2).repeat(64, 1)
+    bound = 2.0**-14 * runs @ np.abs(weight).T + 1e-6
+    assert (np.abs(out[:2] - x[:2].astype(np.float64) @ weight.T) <= bound).all()
+    assert np.isnan(out[2]).all()
+
+
+@needs_gxx
 @pytest.mark.parametrize(
     ("k", "n", "rows", "static", "kernel"),
     [(136, 35, 3, True, "decode_mma"), (136, 20, 66, False, "tiles_mma"), (45, 33, 5, False, "plain")],
