@@ -104,7 +104,7 @@ def shared_bytes(shape: Shape, config: Config) -> int:
     units = staged_units(shape, config)
     ring = warps * config.depth * slot_bytes(shape, config)
     digits = uses_digits(shape)
-    x = shape.rows * (units * UNIT + (16 if digits else 32)) * 2
+    x = shape.rows * (units * UNIT + (16 if digits else 32)) * 2 + (32 if digits else 0)
     sums = shape.rows * units * runs * (8 if digits else 4)
     partial = 2 * warps * config.height * 16 * columns * 4 if config.splits > 1 else 0
     return ring + x + -(-sums // 16) * 16 + _scratch(shape, config) + partial
@@ -129,9 +129,14 @@ def _limits(archs: tuple[str, ...]) -> list[int]:
 
 
 def early_turns(shape: Shape, config: Config) -> int:
-    """Returns the turns of weights that a warp requests before the block's activations."""
+    """Returns the turns of weights that a warp requests before the block's activations.
+
+    Where codes are multiplied as integers one: none and two were slower for nearly every shape and number of bits.
+    """
     if not shape.dependent:
         return config.depth - 1
+    if uses_digits(shape):
+        return 1
     return max(1, min(config.depth - 1, EARLY_BYTES // (config.tiles * config.splits * slot_bytes(shape, config))))
 
 
@@ -143,7 +148,17 @@ def _scratch(shape: Shape, config: Config) -> int:
 
 def held(shape: Shape, config: Config) -> int:
     """Returns the pieces of eight activations that a thread stages."""
-    return -(-shape.rows * staged_units(shape, config) * 16 // (32 * config.tiles * config.splits))
+    side = _side(shape, config)
+    return -(-_pieces(shape, config) // (32 * config.tiles * config.splits * side)) * side
+
+
+def _pieces(shape: Shape, config: Config) -> int:
+    return shape.rows * staged_units(shape, config) * 16
+
+
+def _side(shape: Shape, config: Config) -> int:
+    """Returns how many pieces side by side a thread stages: two share a good part of the work on digits."""
+    return 2 if uses_digits(shape) and _pieces(shape, config) > 32 * config.tiles * config.splits else 1
 
 
 def uses_digits(shape: Shape) -> bool:
@@ -165,8 +180,10 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
     each = -(-shape.row_tiles // BLOCKS)
     tiles, height, units = _for_digits(shape, each) if uses_digits(shape) else _for_halves(shape, each)
     splits = 16 // tiles
+    if uses_digits(shape) and shape.units < 64 and (each == 3 or (each == 2 and shape.grouping.bits < 8)):
+        splits = 4  # few turns: half of the warps, or a quarter less, were faster
     while splits * units > shape.units:
-        splits, units = max(splits // 2, 1), 1
+        splits, units = (splits, units // 2) if units > 1 else (splits // 2, 1)
     while True:
         # A ring is of use across tiles, too.
         turns = -(-shape.units // (splits * units)) * -(-each // (tiles * height))
@@ -180,7 +197,7 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
         if height > 1 and uses_digits(shape):
             height = 1
         elif units > 1:
-            units = 1
+            units //= 2
         elif tiles > 1:
             tiles //= 2
         elif splits > 4:
@@ -192,13 +209,17 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
 def _for_digits(shape: Shape, each: int) -> tuple[int, int, int]:
     """Returns (tiles, height, units) for `each` tiles a block where codes are multiplied as integers.
 
-    What counts is bytes under way: two units a turn, and two tiles with the same activations where K is short.
+    All tiles of a block at once if they are few. If they are many, so many at once that the last round is full, and
+    more units a turn the fewer bits a code has.
     """
-    if shape.grouping.bits == 8:
-        return min(each, 4), 1, 1
-    if shape.units >= 64:
-        return min(each, 2), 1, 2
-    return (1, 1, 2) if each <= 4 else (4, 2, 2)
+    bits = shape.grouping.bits
+    if each <= 3 or shape.units >= 64:
+        tiles = min(each, 3 if shape.units < 64 else 2)
+        return tiles, 1, 1 if bits == 8 else 4 if each > 3 and shape.rows == 1 else 2
+    if bits == 4 and shape.rows == 1:
+        return 4, 2, 2
+    tiles = min((4, 6, 7, 8), key=lambda count: -(-each // count) * count)
+    return tiles, 1, 1 if bits == 8 else 4 if shape.rows == 1 else 2
 
 
 def _for_halves(shape: Shape, each: int) -> tuple[int, int, int]:
@@ -243,7 +264,7 @@ def source(
         "TILES": shape.row_tiles, "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
         "STAGED": staged_units(shape, config), "U": config.units,
         "T": config.tiles, "S": config.splits, "R": config.height, "D": config.depth,
-        "SLOT": slot_bytes(shape, config), "EARLY": early_turns(shape, config),
+        "SLOT": slot_bytes(shape, config), "SIDE": _side(shape, config), "EARLY": early_turns(shape, config),
         "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape),
         "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
         "MOST_HELD": stream_input.MOST_HELD[shape.made.kind], "SCRATCH": _scratch(shape, config),
@@ -259,11 +280,12 @@ def source(
     body = (
         stream_body.BODY.replace("@CONSTANTS@", way.CONSTANTS)
         .replace("@STAGE@", way.STAGE)
+        .replace("@BEFORE@", way.BEFORE)
         .replace("@OPERANDS@", way.OPERANDS)
+        .replace("@ACCUMULATORS@", way.ACCUMULATORS)
         .replace("@MULTIPLY@", way.MULTIPLY)
         .replace("@TOKEN@", way.TOKEN)
         .replace("@STORE@", way.STORE_NATURAL if natural else way.STORE)
-        .replace("@WORDS@", stream_digits.WORDS_NATURAL if natural else stream_digits.WORDS)
         .replace("@INPUT@", stream_input.source(shape.made))
         .replace("@SOURCE@", "".join(f"const {kind}* __restrict__ {key}, " for key, kind in parameters))
         .replace("@ARGUMENTS@", ", ".join(key for key, _ in parameters))

@@ -7,13 +7,16 @@ BODY = """
 constexpr int THREADS = T * S * 32, RUNS = 128 / RUN;
 @CONSTANTS@
 constexpr bool HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
+constexpr int GRIDS_HELD = U / PACK * RUNS;  // scales a lane needs of a tile and turn
 constexpr int SUPERS = (TILES + R - 1) / R;
-constexpr int PIECES = STAGED * 16, HELD = (M * PIECES + THREADS - 1) / THREADS;
+constexpr int PIECES = STAGED * 16, HELD = (M * PIECES + THREADS * SIDE - 1) / (THREADS * SIDE) * SIDE;
 constexpr int TURN = U * BITS * 256, GRIDS = R * U * RUNS, SCALE_AT = R * TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
 constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + X_BYTES;
 constexpr int SCRATCH_AT = SUMS_AT + (M * STAGED * RUNS * int(sizeof(Sum)) + 15) / 16 * 16;
 constexpr int PARTIAL_AT = SCRATCH_AT + SCRATCH;
 
+// The i-th piece of eight activations that a thread stages.
+__device__ __forceinline__ int piece(int i) { return (i / SIDE * THREADS + int(threadIdx.x)) * SIDE + i % SIDE; }
 @INPUT@
 @STAGE@
 __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, const half* __restrict__ scales,
@@ -34,11 +37,11 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
   @LET_NEXT_START@
   if constexpr (KEPT) {
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) before(before_held[i], origin, i * THREADS + threadIdx.x);
+    for (int i = 0; i < HELD; ++i) before(before_held[i], origin, piece(i));
     // The activations' loads go first, or they would queue behind the weights; but not before they are there.
     if constexpr (!DEPENDENT) {
 #pragma unroll
-      for (int i = 0; i < HELD; ++i) take(held[i], origin, i * THREADS + threadIdx.x);
+      for (int i = 0; i < HELD; ++i) take(held[i], origin, piece(i));
     }
   }
 
@@ -96,15 +99,17 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
   if constexpr (KEPT) {
     if constexpr (DEPENDENT) {
 #pragma unroll
-      for (int i = 0; i < HELD; ++i) take(held[i], origin, i * THREADS + threadIdx.x);
+      for (int i = 0; i < HELD; ++i) take(held[i], origin, piece(i));
     }
 #pragma unroll
     for (int i = EARLY; i < D - 1; ++i) fetch();
     if constexpr (STATISTICS) statistics<HELD>(statistics_of, held, reinterpret_cast<float*>(shared + SCRATCH_AT));
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-      const int j = i * THREADS + threadIdx.x;
-      stage(finish(held[i], before_held[i], statistics_of, j), j, staged, sums);
+    for (int i = 0; i < HELD; i += SIDE) {
+      uint4 x[SIDE];
+#pragma unroll
+      for (int p = 0; p < SIDE; ++p) x[p] = finish(held[i + p], before_held[i + p], statistics_of, piece(i + p));
+      stage(x, piece(i), staged, sums);
     }
   } else {
     // As many loads at once as there is room for: each turn takes as long as one of them.
@@ -112,19 +117,21 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
     for (int first = 0; first < HELD; first += MOST_HELD) {
       Held some[MOST_HELD];
 #pragma unroll
-      for (int i = 0; i < MOST_HELD; ++i) take(some[i], origin, (first + i) * THREADS + threadIdx.x);
+      for (int i = 0; i < MOST_HELD; ++i) take(some[i], origin, piece(first + i));
       if (first == 0) {
 #pragma unroll
         for (int i = EARLY; i < D - 1; ++i) fetch();
       }
 #pragma unroll
-      for (int i = 0; i < MOST_HELD; ++i) {
-        const int j = (first + i) * THREADS + threadIdx.x;
-        stage(finish(some[i], before_held[0], statistics_of, j), j, staged, sums);
+      for (int i = 0; i < MOST_HELD; i += SIDE) {
+        uint4 x[SIDE];
+#pragma unroll
+        for (int p = 0; p < SIDE; ++p) x[p] = finish(some[i + p], before_held[0], statistics_of, piece(first + i + p));
+        stage(x, piece(first + i), staged, sums);
       }
     }
   }
-  __syncthreads();
+@BEFORE@  __syncthreads();
 
 @OPERANDS@
   int use = 0, parity = 0;
@@ -137,7 +144,7 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       __syncwarp();
       const unsigned char* data = ring + use * SLOT;
       use = use + 1 == D ? 0 : use + 1;
-      unsigned words[U][2][R][BITS], scale[R][U * RUNS], zero[R][HAS_ZEROS ? U * RUNS : 1];
+      unsigned words[U][2][R][BITS], scale[R][GRIDS_HELD], zero[R][HAS_ZEROS ? GRIDS_HELD : 1];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -145,8 +152,8 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
           gq_words<BITS, true>(words[h / 2][h % 2][r],
                                reinterpret_cast<const unsigned*>(data + r * TURN + h * BITS * 128), lane);
 #pragma unroll
-        for (int run = 0; run < U * RUNS; ++run) {
-          const int at = r * U * RUNS + run;
+        for (int run = 0; run < GRIDS_HELD; ++run) {
+          const int at = (r * U + run / RUNS * PACK + slot_of) * RUNS + run % RUNS;
           scale[r][run] = *reinterpret_cast<const unsigned*>(data + SCALE_AT + at * 32 + g * 4);
           if constexpr (HAS_ZEROS)
             zero[r][run] = *reinterpret_cast<const unsigned short*>(data + ZERO_AT + at * 16 + g * 2);
@@ -155,7 +162,7 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       // Into the slot of the turn before, which every lane has read before the barrier above.
       fetch();
 
-#pragma unroll
+@ACCUMULATORS@#pragma unroll
       for (int y = 0; y < U; ++y) {
 @MULTIPLY@      }
     }
@@ -176,7 +183,10 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       for (int t = 0; t < NT; ++t)
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-          const float v = total[r][t][i] * (i < EACH / 2 ? UNIT_LOW : UNIT_HIGH);
+          float v = total[r][t][i] * (i < EACH / 2 ? UNIT_LOW : UNIT_HIGH);
+#pragma unroll
+          for (int offset = PAIRS; offset < 4; offset *= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+          if (PACK > 1 && slot_of > 0) continue;
           const int token = token_of(t, i), row = row_of(r, i);
           if (S == 1) put(token, super * R * 16 + row, v);
           else if (token < COLUMNS) mine[(split * R * 16 + row) * COLUMNS + token] = v;

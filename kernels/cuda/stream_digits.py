@@ -6,106 +6,139 @@ instruction, where halves (`stream_halves`) take two, and half as many multiplic
 codes of two and three bits are short of: an ALU of Hopper starts one every other clock.
 
 Activations of a run of codes (up to 128) become integers of 16 bits: x = v * 2**e with the largest e that the largest
-of them allows, so that halves within 1 / 8 of it are exact and the others are rounded to 2**-15 of it. v is high * 256
-+ low, both signed bytes, and columns 2m and 2m + 1 of a product are the low and the high digits of token m: four tokens
-fill the eight columns of an instruction. Sums of a run are exact: they begin at the bits of 1.5 * 2**23, so that the
-register is a float, too, without a conversion (128 * 255 * 128 < 2**22).
+of them allows, so that halves within 1 / 8 of it are exact and the others are rounded by up to 2**-15 of it. v is
+high * 256 + low, both signed bytes, and columns 2m and 2m + 1 of a product are the low and the high digits of token m:
+four tokens fill the eight columns of an instruction. Where there are fewer, units of a turn take columns of their own:
+lanes whose columns are another unit's multiply zeros, and scales are applied once for up to four units, by all lanes of
+a row. Sums of a run are exact: they begin at the bits of 1.5 * 2**23, so that the register is a float, too, without a
+conversion (128 * 255 * 128 < 2**22).
 """
 
 from __future__ import annotations
 
 CONSTANTS = """
-constexpr int NT = (M + 3) / 4, STRIDE = STAGED * 128 + 16, X_BYTES = 2 * M * STRIDE, EACH = 2;
+constexpr int NT = (M + 3) / 4, EACH = 2;
+constexpr int STRIDE = STAGED * 128 + 16, ZEROS_AT = 2 * M * STRIDE, X_BYTES = ZEROS_AT + 32;
+// Units that share the columns of a product, and pairs of columns that each of them has.
+constexpr int PACK = M > 2 ? 1 : U % 2 ? 1 : M == 2 || U % 4 ? 2 : 4, PAIRS = 4 / PACK;
 constexpr float UNIT_LOW = 1.f / (1 << BIT_LOW), UNIT_HIGH = 1.f / (1 << BIT_HIGH);
 constexpr float ZERO_LOW = ZERO << BIT_LOW, ZERO_HIGH = ZERO << BIT_HIGH, MAGIC = 12582912.f;
 struct alignas(8) Sum { float x, scale; };
 """
 
-TOKEN = "t * 4 + c"
+TOKEN = "t * 4 + c % PAIRS"
 
 STORE = """
-  unsigned char* to = at + j / PIECES * (2 * STRIDE) + unit * 128 + place % 4 * 32 + place / 4 * 8;
-  *reinterpret_cast<uint2*>(to) = make_uint2(low[0], low[1]);
-  *reinterpret_cast<uint2*>(to + STRIDE) = make_uint2(high[0], high[1]);
+#pragma unroll
+  for (int p = 0; p < SIDE; ++p) {
+    unsigned low[2], high[2];
+    // Bytes of a word: even k of the first and second pair, then odd k.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned even = __byte_perm(v[p][4 * i], v[p][4 * i + 2], 0x5140);
+      const unsigned odd = __byte_perm(v[p][4 * i + 1], v[p][4 * i + 3], 0x5140);
+      low[i] = __byte_perm(even, odd, 0x5410) ^ 0x80808080u;
+      high[i] = __byte_perm(even, odd, 0x7632);
+    }
+    unsigned char* to = at + row * (2 * STRIDE) + place / 16 * 128 + (place + p) % 4 * 32 + place % 16 / 4 * 8;
+    if (inside) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(low[0], low[1]);
+      *reinterpret_cast<uint2*>(to + STRIDE) = make_uint2(high[0], high[1]);
+    }
+  }
 """
 STORE_NATURAL = """
-  unsigned char* to = at + j / PIECES * (2 * STRIDE) + unit * 128 + place / 8 * 16 + place % 8 / 2 * 4 + place % 2 * 64;
+  unsigned char* to = at + row * (2 * STRIDE) + place / 16 * 128 + place % 16 / 8 * 16 + place % 8 / 2 * 4;
+  // One piece is the k of one pair for four lanes, its neighbour those of the other pair. A thread with both makes all
+  // four words, else two of them.
+  const bool second = SIDE == 1 && place % 2;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    *reinterpret_cast<unsigned*>(to + i * 32) = low[i];
-    *reinterpret_cast<unsigned*>(to + i * 32 + STRIDE) = high[i];
-  }
-"""
-WORDS = """
-  // Bytes of a word: even k of the first and second pair, then odd k.
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned even = __byte_perm(v[4 * i], v[4 * i + 2], 0x5140);
-    const unsigned odd = __byte_perm(v[4 * i + 1], v[4 * i + 3], 0x5140);
-    low[i] = __byte_perm(even, odd, 0x5410) ^ 0x80808080u;
-    high[i] = __byte_perm(even, odd, 0x7632);
-  }
-"""
-WORDS_NATURAL = """
-  // This thread has the k of one pair for four lanes, its neighbour those of the other pair; each makes two words.
-  const bool second = j % 2;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned mine = __byte_perm(v[2 * i], v[2 * i + 1], 0x5140);
-    const unsigned other = __byte_perm(v[2 * i + 4], v[2 * i + 5], 0x5140);
-    const unsigned got = __shfl_xor_sync(0xffffffffu, second ? mine : other, 1);
-    const unsigned own = second ? other : mine, first_pair = second ? got : own, second_pair = second ? own : got;
-    low[i] = __byte_perm(first_pair, second_pair, 0x5140) ^ 0x80808080u;
-    high[i] = __byte_perm(first_pair, second_pair, 0x7362);
+  for (int i = 0; i < 2 * SIDE; ++i) {
+    unsigned first_pair, second_pair;
+    if constexpr (SIDE == 2) {
+      first_pair = __byte_perm(v[0][2 * i], v[0][2 * i + 1], 0x5140);
+      second_pair = __byte_perm(v[SIDE - 1][2 * i], v[SIDE - 1][2 * i + 1], 0x5140);
+    } else {
+      const unsigned mine = __byte_perm(v[0][2 * i], v[0][2 * i + 1], 0x5140);
+      const unsigned other = __byte_perm(v[0][2 * i + 4], v[0][2 * i + 5], 0x5140);
+      const unsigned got = __shfl_xor_sync(0xffffffffu, second ? mine : other, 1);
+      const unsigned own = second ? other : mine;
+      first_pair = second ? got : own;
+      second_pair = second ? own : got;
+    }
+    if (inside) {
+      unsigned char* word = to + (i + 2 * second) * 32;
+      *reinterpret_cast<unsigned*>(word) = __byte_perm(first_pair, second_pair, 0x5140) ^ 0x80808080u;
+      *reinterpret_cast<unsigned*>(word + STRIDE) = __byte_perm(first_pair, second_pair, 0x7362);
+    }
   }
 """
 
 STAGE = """
-// Stages eight halves of x as digits, and the sum and the unit of their run.
-__device__ __forceinline__ void stage(uint4 x, int j, unsigned char* at, Sum* sums) {
-  const unsigned words[4] = {x.x, x.y, x.z, x.w};
+// Stages SIDE pieces of eight halves, from piece j on, as digits, and the sum and the unit of their run.
+__device__ __forceinline__ void stage(const uint4* x, int j, unsigned char* at, Sum* sums) {
+  constexpr int LANES = RUN / (8 * SIDE);  // that share a run
+  if (j - int(threadIdx.x) % 32 * SIDE >= M * PIECES) return;
+  const bool inside = j < M * PIECES;
+  const unsigned row = M == 1 ? 0u : unsigned(j) / PIECES, place = M == 1 ? unsigned(j) : unsigned(j) % PIECES;
   unsigned most = 0u;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) most = max(most, max(words[i] & 0x7fffu, words[i] >> 16 & 0x7fffu));
+  for (int p = 0; p < SIDE; ++p) {
+    const unsigned pairs = gq_largest(gq_largest(x[p].x, x[p].y), gq_largest(x[p].z, x[p].w));
+    most = p ? gq_largest(most, pairs) : pairs;
+  }
 #pragma unroll
-  for (int offset = RUN / 16; offset > 0; offset /= 2)
-    most = max(most, (unsigned)__shfl_xor_sync(0xffffffffu, (int)most, offset));
+  for (int offset = LANES / 2; offset > 0; offset /= 2)
+    most = gq_largest(most, __shfl_xor_sync(0xffffffffu, most, offset));
+  most = max(most & 0xffffu, most >> 16);
   // The exponent field of the largest: 32,639 = 127 * 256 + 127 is the largest integer of two digits.
   const unsigned exponent = max((most + 8u) >> 10, 1u);
   const float factor = gq_float((156u - exponent) << 23);
-  unsigned v[8], low[2], high[2];
-  float s = 0.f;
+  // Rounded to an integer in the low bits; 128 more is what makes the low digit signed.
+  unsigned v[SIDE][8], s = 0u - 8u * SIDE * 0x4b400080u;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 f = gq_floats(words[i]);
-    // Rounded to an integer in the low bits; 128 more is what makes the low digit signed.
-    const float first = f.x * factor + (MAGIC + 128.f), second = f.y * factor + (MAGIC + 128.f);
-    v[2 * i] = gq_bits(first);
-    v[2 * i + 1] = gq_bits(second);
-    s += (first - (MAGIC + 128.f)) + (second - (MAGIC + 128.f));
+  for (int p = 0; p < SIDE; ++p) {
+    const unsigned words[4] = {x[p].x, x[p].y, x[p].z, x[p].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = gq_floats(words[i]);
+      v[p][2 * i] = gq_bits(f.x * factor + (MAGIC + 128.f));
+      v[p][2 * i + 1] = gq_bits(f.y * factor + (MAGIC + 128.f));
+      s += v[p][2 * i] + v[p][2 * i + 1];
+    }
   }
 #pragma unroll
-  for (int offset = RUN / 16; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
-@WORDS@
-  if (j >= M * PIECES) return;
-  const int unit = j % PIECES / 16, place = j % 16;
+  for (int offset = LANES / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
 @STORE@
   // What is no number stays none.
   const float scale = most >= 0x7c00u ? gq_float(0x7fc00000u) : gq_float((98u + exponent) << 23);
-  if (j % (RUN / 8) == 0) sums[j / PIECES * STAGED * RUNS + j % PIECES / (RUN / 8)] = {s, scale};
+  if (inside && j / SIDE % LANES == 0) sums[row * STAGED * RUNS + place / (RUN / 8)] = {float(int(s)), scale};
 }
 """
 
+BEFORE = """  if (threadIdx.x < 8) reinterpret_cast<unsigned*>(staged + ZEROS_AT)[threadIdx.x] = 0u;
+"""
+
 OPERANDS = """
-  const unsigned char* rows[NT];
+  // Lane (g, c) feeds the column of digit g % 2 of one token and unit, and gets both digits of another.
+  const int slot_of = c / PAIRS;
+  const unsigned char* rows[NT][PACK];
   const Sum* row_sums[NT];
+  int along[PACK];
   unsigned magic[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) magic[i] = gq_kept(0x4b400000u);
+  for (int i = 0; i < 4; ++i) magic[i] = 0x4b400000u;
 #pragma unroll
   for (int t = 0; t < NT; ++t) {
-    rows[t] = staged + (t * 8 + g < 2 * M ? t * 8 + g : 2 * M - 1) * STRIDE + c * 32;
-    row_sums[t] = sums + (t * 4 + c < M ? t * 4 + c : M - 1) * STAGED * RUNS;
+    const int row = t * 8 + g % (2 * PAIRS);
+#pragma unroll
+    for (int p = 0; p < PACK; ++p) {
+      const bool mine = PACK == 1 || g / (2 * PAIRS) == p;
+      rows[t][p] = staged + (mine ? (row < 2 * M ? row : 2 * M - 1) * STRIDE + c * 32 : ZEROS_AT);
+      along[p] = mine ? 128 : 0;
+    }
+    const int token = t * 4 + c % PAIRS;
+    row_sums[t] = sums + (token < M ? token : M - 1) * STAGED * RUNS + slot_of * RUNS;
   }
 """
 
@@ -115,10 +148,10 @@ MULTIPLY = """
         for (int t = 0; t < NT; ++t)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const uint4 v = *reinterpret_cast<const uint4*>(rows[t] + (u + y) * 128 + h * 16);
+            const uint4 v = *reinterpret_cast<const uint4*>(rows[t][y % PACK] + (u + y) * along[y % PACK] + h * 16);
             b[t][h][0] = v.x; b[t][h][1] = v.y; b[t][h][2] = v.z; b[t][h][3] = v.w;
           }
-        unsigned sum[RUNS][R][NT][4], a[2][R][2][4];
+        unsigned a[2][R][2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -127,21 +160,23 @@ MULTIPLY = """
             for (int r = 0; r < R; ++r) {
               if (step == 0) @BYTES@(a[h][r], words[y][h][r]);
               const int run = (2 * h + step) * RUNS / 4;
-              const bool first = (2 * h + step) * RUNS % 4 == 0;
+              const bool first = (2 * h + step) * RUNS % 4 == 0 && y % PACK == 0;
 #pragma unroll
               for (int t = 0; t < NT; ++t)
                 gq_mma_bytes(sum[run][r][t], a[h][r][step], b[t][h][2 * step], b[t][h][2 * step + 1],
                              first ? magic : sum[run][r][t]);
             }
+        if (y % PACK != PACK - 1) continue;
 #pragma unroll
         for (int t = 0; t < NT; ++t)
 #pragma unroll
           for (int run = 0; run < RUNS; ++run) {
-            const Sum of_x = row_sums[t][(u + y) * RUNS + run];
+            const Sum of_x = row_sums[t][(u + y - PACK + 1) * RUNS + run];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-              const float2 factor = gq_floats(scale[r][y * RUNS + run]);
-              const unsigned pair = HAS_ZEROS ? zero[r][HAS_ZEROS ? y * RUNS + run : 0] : 0u;
+              const int grid = y / PACK * RUNS + run;
+              const float2 factor = gq_floats(scale[r][grid]);
+              const unsigned pair = HAS_ZEROS ? zero[r][HAS_ZEROS ? grid : 0] : 0u;
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
                 const float zero_of = HAS_ZEROS ? float((i ? pair >> 8 : pair & 255u) << (i ? BIT_HIGH : BIT_LOW))
@@ -152,4 +187,8 @@ MULTIPLY = """
               }
             }
           }
+"""
+
+ACCUMULATORS = """
+      unsigned sum[RUNS][R][NT][4];
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 CONSTANTS = """
 constexpr int NT = (M + 7) / 8, STRIDE = STAGED * 128 + 32, X_BYTES = M * STRIDE * 2, EACH = 4;
+constexpr int PACK = 1, PAIRS = 4;
 constexpr int ACCUMULATORS = RUN == 32 ? 4 : 2;
 constexpr bool ONE = M == 1;
 constexpr float UNIT_LOW = 1 << LOW, UNIT_HIGH = 1 << HIGH;
@@ -30,7 +31,8 @@ STORE_NATURAL = """  // What a lane multiplies by two steps, the same word of fo
 
 STAGE = """
 // Stages sixteen bytes of x and adds up the codes of a run across the lanes that hold it.
-__device__ __forceinline__ void stage(uint4 v, int j, unsigned char* at, Sum* sums) {
+__device__ __forceinline__ void stage(const uint4* x, int j, unsigned char* at, Sum* sums) {
+  const uint4 v = *x;
   half* staged = reinterpret_cast<half*>(at);
   float s = 0.f;
   const unsigned words[4] = {v.x, v.y, v.z, v.w};
@@ -45,6 +47,7 @@ __device__ __forceinline__ void stage(uint4 v, int j, unsigned char* at, Sum* su
 """
 
 OPERANDS = """
+  constexpr int slot_of = 0;
   const half* rows[NT];
   const float* row_sums[2 * NT];
 #pragma unroll
@@ -109,3 +112,5 @@ MULTIPLY = """
               }
           }
 """
+
+BEFORE = ACCUMULATORS = ""

@@ -71,7 +71,7 @@ ACTIVATIONS = {
 
 
 def source(made: Input) -> str:
-    """Returns the text of one kind, for the namespace of a kernel with M, K, THREADS and PIECES."""
+    """Returns the text of one kind, for the namespace of a kernel with M, K, THREADS, PIECES and `piece`."""
     text = _READ[made.dtype] + {
         PLAIN: _PLAIN, RMS_NORM: _NORM, LAYER_NORM: _NORM, GATED: _GATED, ACTIVATED: _GATED,
     }[made.kind]  # fmt: skip
@@ -230,7 +230,7 @@ __device__ __forceinline__ void statistics(Row* rows, const Held* held, float* s
 #pragma unroll
       for (int e = 0; e < 8; ++e) s += f[e];
 #pragma unroll
-      for (int m = 0; m < M; ++m) total[m] += (i * THREADS + threadIdx.x) / PIECES == m ? s : 0.f;
+      for (int m = 0; m < M; ++m) total[m] += piece(i) / PIECES == m ? s : 0.f;
     }
     block_sums(total, scratch);
     __syncthreads();
@@ -239,7 +239,7 @@ __device__ __forceinline__ void statistics(Row* rows, const Held* held, float* s
   for (int m = 0; m < M; ++m) { rows[m].mean = total[m] * (1.f / K); total[m] = 0.f; }
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const int j = i * THREADS + threadIdx.x;
+    const int j = piece(i);
     float f[8];
     floats8(f, held[i].e);
 #pragma unroll

@@ -151,6 +151,8 @@ def test_hopper_divisions_match_float64(config, tmp_path):
         (2, 64, 1, stream.Config(4, 1, 2, 4, 2)),
         (3, 32, 3, stream.Config(4, 1, 2, 3, 1)),
         (3, 96, 1, stream.Config(2, 2, 1, 4, 2)),
+        (3, 128, 1, stream.Config(2, 1, 1, 3, 4)),
+        (2, 32, 2, stream.Config(2, 1, 2, 3, 4)),
         (4, 128, 2, stream.Config(8, 2, 2, 3, 1)),
         (4, 32, 10, stream.Config(8, 1, 1, 4, 2)),
         (8, -1, 1, stream.Config(4, 1, 1, 3, 2)),
