@@ -19,6 +19,10 @@ from gptq_compile.kernels.tvm_env import tvm
 _TAG = "tirx.use_programtic_dependent_launch"  # as TVM spells it
 _DYNAMIC = "tirx.use_dyn_shared_memory"
 
+MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
+"""Attribute: how many blocks shall fit on a multiprocessor. Without it ptxas gives 448 threads 72 registers, for two
+blocks, and spills where one block was meant."""
+
 
 def supported(target: Target) -> bool:
     """Whether every architecture of the target has dependent launches."""

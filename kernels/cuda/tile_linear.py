@@ -168,6 +168,7 @@ def build_stream(case: Case, target: Target, config: stream.Config | None = None
         with (
             ir.launch_thread("blockIdx.x", blocks),
             ir.launch_thread("threadIdx.x", 32 * config.tiles * config.splits),
+            ir.attr(0, launch.MIN_BLOCKS, 1),
         ):
             shared = ir.alloc_buffer((stream.launch_bytes(shape, config, target.archs),), "uint8", scope="shared.dyn")
             run(name, source, tensors, shared.access_ptr("rw"))

@@ -270,6 +270,16 @@ def test_nvcc_makes_machine_code_without_spills(group, name, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.parametrize(("bits", "k", "n"), [(3, 4096, 28672), (2, 4096, 28672)])
+def test_seven_tiles_side_by_side_have_registers_for_one_block(bits, k, n, tmp_path):
+    target = Target.parse("cuda:sm_90")
+    case = _quant_case(bits, 128, k, n, 1)
+    source = cuda_emulator.cuda_source(select(case, target).kernel.prim_func(case, target), target)
+    assert "__launch_bounds__(448, 1)" in source
+    assert _spill_free(source, 90, tmp_path)
+
+
+@needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", (80, 90))
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
