@@ -35,6 +35,7 @@ from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.memory_plan import plan_memory
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
+from gptq_compile.passes.round_head import RoundHead
 from gptq_compile.passes.tune_scales import TuneScales
 from gptq_compile.plan import Plan, make_plan
 from gptq_compile.report.page import page, write_report
@@ -204,6 +205,11 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
             with clock("tune"):
                 tune = TuneScales(options.quantize, original, tuned_on, options.resolved_device, progress.note)
                 manager.run([tune], program)
+        reports = quantize.reports
+        if options.resolved_lm_head_bits:
+            head = RoundHead(options.resolved_lm_head_bits, options.resolved_device)
+            manager.run([head], program)
+            reports = [*reports, *head.reports]
         if options.dequantized is not None:
             with clock("dequantize"):
                 again = work.claimed(options.dequantized)
@@ -223,13 +229,13 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                     accuracy_level=options.accuracy_level,
                     overwrite=overwrite,
                 )
-            return _result(options, plan, clock, quantize, manager, program)
+            return _result(options, plan, clock, reports, manager, program)
         if options.format in CHECKPOINTS:
             with clock("checkpoint"):
                 floats = None if options.dtype is None else getattr(torch, options.dtype)
                 place, form = options.out, options.format
                 write_checkpoint(program, source, options.quantize, place, form=form, dtype=floats, overwrite=overwrite)
-            return _result(options, plan, clock, quantize, manager, program)
+            return _result(options, plan, clock, reports, manager, program)
         with clock("lower"):
             manager.run(lowering_passes(target, dtype, options.resolved_device), program)
     except _Stopped:
@@ -266,7 +272,7 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
             writer.add_file(source.config_json(), "config.json")
             writer.add_file(source.generation_json(), "generation_config.json")
             writer.finish(manifest(program, source, options, lowered, built))
-    return _result(options, plan, clock, quantize, manager, program)
+    return _result(options, plan, clock, reports, manager, program)
 
 
 def _output(options: CompileOptions, overwrite: bool, disk_needed: int = 0) -> StagedFolder | ArtifactWriter:
@@ -283,13 +289,13 @@ def _result(
     options: CompileOptions,
     plan: Plan,
     clock: _Clock,
-    quantize: GptqQuantize | AdoptCodes,
+    reports: list[LinearReport],
     manager: _Manager,
     program: Program,
 ) -> CompileResult:
     tuning = program.attrs.get("tuning")
     return CompileResult(
-        options.out, plan, clock.seconds, quantize.reports, manager.records, _size(options.out), tuning, options.format
+        options.out, plan, clock.seconds, reports, manager.records, _size(options.out), tuning, options.format
     )
 
 
@@ -345,7 +351,7 @@ def _quantizer(
     if not config.budgeted:
         return GptqQuantize(config, calibration, device, progress.linear, work.solutions)
     width = getattr(torch, options.resolved_dtype).itemsize
-    footprint = Footprint(options.resolved_target, width, HEADER_BYTES)
+    footprint = Footprint(options.resolved_target, width, options.resolved_lm_head_bits, HEADER_BYTES)
     return BudgetedQuantize(
         config, calibration, device, progress.linear, work.solutions, footprint=footprint, note=progress.note
     )

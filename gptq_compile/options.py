@@ -9,7 +9,7 @@ from typing import Any
 
 from gptq_compile.errors import ConfigError
 from gptq_compile.kernels.target import Target
-from gptq_compile.passes.gptq.config import QuantizeConfig
+from gptq_compile.passes.gptq.config import BITS, QuantizeConfig
 from gptq_compile.report.stored import REPORT
 
 DTYPES = ("float32", "float16")
@@ -39,6 +39,8 @@ class CompileOptions:
         activations: what quantized linears on the CPU multiply: ``int8``, rounded for each group of features, or
             ``float``. By default what is fastest: ``int8`` for float32 on the CPU, and ``float`` elsewhere.
         batch_buckets: batch sizes that get a decode entry of their own.
+        lm_head_bits: to how many bits an output projection that is not quantized with the rest is rounded, 0 for none;
+            by default 8 for the CPU, where a step has to read all of it, and 0 elsewhere.
         device: where torch quantizes; by default CUDA where torch has it.
         dequantized: also write a Hugging Face folder with the dequantized weights here.
         report: HTML file that says what was done. An artifact has one inside, and this one is a copy; beside what is
@@ -66,6 +68,7 @@ class CompileOptions:
     dtype: str | None = None
     activations: str | None = None
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
+    lm_head_bits: int | None = None
     device: str | None = None
     dequantized: Path | None = None
     report: Path | None = None
@@ -93,6 +96,10 @@ class CompileOptions:
         if not self.batch_buckets or any(b < 1 or b > 256 for b in self.batch_buckets):
             raise ConfigError(f"batch buckets are {list(self.batch_buckets)}; use sizes from 1 to 256.")
 
+        if self.lm_head_bits not in (None, 0, *BITS):
+            raise ConfigError(f"lm_head_bits is {self.lm_head_bits!r}; use 2, 3, 4 or 8 bits, or 0 to leave the head.")
+        if self.lm_head_bits and self.format != "artifact":
+            raise ConfigError("lm_head_bits is for what is compiled; --quantize-lm-head quantizes a checkpoint's head.")
         if self.format not in FORMATS:
             raise ConfigError(f"format is {self.format!r}; use one of {', '.join(FORMATS)}.")
         if self.onnx_ops not in ONNX_OPS:
@@ -130,6 +137,13 @@ class CompileOptions:
         return self.activations or ("int8" if rounded else "float")
 
     @property
+    def resolved_lm_head_bits(self) -> int:
+        """Bits of the output projection, with the target's default filled in."""
+        if self.lm_head_bits is not None:
+            return self.lm_head_bits
+        return 8 if self.format == "artifact" and self.resolved_target.kind == "cpu" else 0
+
+    @property
     def resolved_device(self) -> str:
         """The torch device with the default filled in."""
         if self.device is not None:
@@ -154,5 +168,6 @@ class CompileOptions:
             "activations": self.resolved_activations,
             "calibration": self.calibration,
             "batch_buckets": list(self.batch_buckets),
+            "lm_head_bits": self.resolved_lm_head_bits,
             **self.quantize.as_dict(),
         }

@@ -21,6 +21,7 @@ from gptq_compile.passes.normalize import Normalize
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.quantize_experts import matrix_shape
+from gptq_compile.passes.round_head import RoundHead, head_config
 from gptq_compile.passes.stages import quantizable
 from gptq_compile.passes.tune_scales import TuneScales
 
@@ -61,7 +62,7 @@ def make_plan(program: Program, source: ModelSource, options: CompileOptions) ->
     if options.stop_after is not None:
         _check_pass(options, program, source)
     if source.quantization is not None:
-        return _plan_adopted(source, options)
+        return _plan_adopted(probe, source, options)
     linears = {n.args[1]: n for n in reversed(quantizable(probe, config.quantize_lm_head))}
     shapes = {weight: matrix_shape(node) for weight, node in reversed(linears.items())}  # in graph order
     weights = quantized = 0
@@ -75,8 +76,7 @@ def make_plan(program: Program, source: ModelSource, options: CompileOptions) ->
         quantized += rows * columns
         weights += stored_bits(rows, columns, config) // 8
     parameters = source.parameter_count
-    width = 4 if options.resolved_dtype == "float32" else 2
-    rest = (parameters - quantized) * width
+    rest = _rest(probe, options, parameters - quantized, not config.quantize_lm_head)
     if config.avg_bits is not None:
         weights = math.floor(config.avg_bits * quantized / 8)
     elif config.max_size is not None:
@@ -113,6 +113,7 @@ def _check_pass(options: CompileOptions, program: Program, source: ModelSource) 
             *trace_passes(),
             AdoptCodes(source.codes) if adopted else GptqQuantize(config),
             *([TuneScales(config, program, None)] if config.tune_epochs else []),
+            *([RoundHead(options.resolved_lm_head_bits)] if options.resolved_lm_head_bits else []),
             *(lowering_passes(options.resolved_target, options.resolved_dtype) if options.format == "artifact" else []),
         ]
     ]
@@ -120,7 +121,21 @@ def _check_pass(options: CompileOptions, program: Program, source: ModelSource) 
         raise PassError(f"There is no pass called {options.stop_after!r}. The pipeline has: {', '.join(known)}.")
 
 
-def _plan_adopted(source: ModelSource, options: CompileOptions) -> Plan:
+def _rest(program: Program, options: CompileOptions, parameters: int, head: bool) -> int:
+    """Bytes of what is not quantized; of those, a head is rounded to fewer bits and matrices are 16 bits wide."""
+    total = 0
+    if head and options.resolved_lm_head_bits:
+        heads = set(quantizable(program, True)) - set(quantizable(program, False))
+        for weight in {n.args[1] for n in heads}:
+            rows, columns = (int(d) for d in weight.meta["val"].shape)
+            total += stored_bits(rows, columns, head_config(options.resolved_lm_head_bits, columns)) // 8
+            if heads.issuperset(weight.users):  # else it is the embedding's table as well
+                parameters -= rows * columns
+    width = 4 if options.format != "artifact" and options.resolved_dtype == "float32" else 2
+    return total + width * parameters  # norms and biases of artifacts, wider at times, are next to nothing
+
+
+def _plan_adopted(program: Program, source: ModelSource, options: CompileOptions) -> Plan:
     """The plan for a model that is quantized already."""
     assert source.quantization is not None
     for name, weight in source.codes.items():
@@ -129,7 +144,6 @@ def _plan_adopted(source: ModelSource, options: CompileOptions) -> Plan:
     quantized = sum(math.prod(weight.shape) for weight in source.codes.values())
     weights = sum(reader.stored_bits(weight) for weight in source.codes.values()) // 8
     parameters = source.parameter_count
-    width = 4 if options.resolved_dtype == "float32" else 2
     return Plan(
         name=source.name,
         model_type=source.config.model_type,
@@ -138,7 +152,7 @@ def _plan_adopted(source: ModelSource, options: CompileOptions) -> Plan:
         linears=len(source.codes),
         quantized_parameters=quantized,
         bytes_before=2 * parameters,
-        bytes_after=weights + (parameters - quantized) * width,
+        bytes_after=weights + _rest(program, options, parameters - quantized, False),
         bits_per_weight=8 * weights / quantized,
         memory=2 * quantized + 4 * (parameters - quantized),
         settings=options.as_dict(),

@@ -30,6 +30,7 @@ from gptq_compile.passes.gptq.store import SolutionStore
 from gptq_compile.passes.gptq.world import current, join
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.program import Program
+from gptq_compile.passes.round_head import head_config
 from gptq_compile.passes.sensitivity import Candidate, Sensitivity, measure
 from gptq_compile.passes.stages import quantizable
 
@@ -47,12 +48,23 @@ class Footprint:
 
     Attributes:
         target: whose layouts pack them. ``width``: bytes of a number that is not quantized.
+        lm_head_bits: of an output projection that is not quantized with the rest, 0 if it stays as it is.
         header: bytes of the file that are no tensor's.
     """
 
     target: Target
     width: int
+    lm_head_bits: int = 0
     header: int = 0
+
+    def kept(self, shape: tuple[int, ...]) -> int:
+        """Most bytes of a tensor that is not quantized."""
+        half = self.target.kind == "cpu" and len(shape) == 2  # see store_half
+        return math.prod(shape) * (2 if half else self.width) + _ALIGNED
+
+    def head(self, rows: int, columns: int) -> int:
+        """Bytes of a head that `RoundHead` rounded."""
+        return file_bits(rows, columns, head_config(self.lm_head_bits, columns), self.target) // 8
 
 
 def stored_bits(rows: int, columns: int, config: QuantizeConfig) -> int:
@@ -139,14 +151,17 @@ class BudgetedQuantize(GptqQuantize):
     def _others(self, program: Program, linears: Sequence[Node]) -> int:
         """Bits of the parameters that stay as they are."""
         assert self.footprint is not None
-        mine = set(linears)
+        coded, tensors = set(linears), self.footprint.header
+        if self.footprint.lm_head_bits:
+            heads = {n for n in quantizable(program, True) if n not in coded}
+            tensors += sum(self.footprint.head(*w.meta["val"].shape) for w in {n.args[1] for n in heads})
+            coded |= heads
         kept = {
-            program.params.canonical(n.meta["param"]): math.prod(n.meta["val"].shape)
+            program.params.canonical(n.meta["param"]): tuple(n.meta["val"].shape)
             for n in program.param_nodes.values()
-            if any(user not in mine for user in n.users)
+            if any(user not in coded for user in n.users)
         }
-        tensors = sum(count * self.footprint.width + _ALIGNED for count in kept.values())
-        return 8 * (tensors + self.footprint.header)
+        return 8 * (tensors + sum(map(self.footprint.kept, kept.values())))
 
     def _quantize(self, program: Program, table: _Table, chosen: Allocation) -> bool:
         self.settings = table.settings(chosen)

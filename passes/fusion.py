@@ -100,8 +100,14 @@ def needed(program: Program, groups: dict[Node, Group]) -> set[Node]:
     for node in reversed(list(program.graph.nodes)):
         if node in found:
             group = groups.get(node)
-            found.update(node.all_input_nodes if group is None else group.arguments)
+            found.update((stored(i) for i in node.all_input_nodes) if group is None else group.arguments)
     return found
+
+
+def stored(node: Node) -> Node:
+    """What a kernel reads for a linear's weight: the parameter, also where the program widens it first."""
+    widened = is_call(node, aten._to_copy.default) and all(is_call(u, aten.linear.default) for u in node.users)
+    return node.args[0] if widened and is_param(node.args[0]) else node
 
 
 class _Taker:

@@ -137,7 +137,7 @@ class GptqQuantize(Pass):
                 self._calibrated(program, linears, solutions)
             self.seconds = phases.seconds()
         for node in linears:
-            rewrite = experts.rewrite if experts.is_expert(node) else _rewrite
+            rewrite = experts.rewrite if experts.is_expert(node) else rewrite_linear
             rewrite(program, node, solutions[node.args[1]])
         for node in list(program.graph.nodes):
             if node.op == "placeholder" and "param" in node.meta and not node.users:
@@ -322,7 +322,7 @@ class GptqQuantize(Pass):
             self.on_linear(report, len(self.reports), self.total)
 
 
-def _rewrite(program: Program, node: Node, solution: Solution) -> None:
+def rewrite_linear(program: Program, node: Node, solution: Solution) -> None:
     """Replaces a linear by a ``quant_linear`` on the solution's tensors."""
     x, _, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")

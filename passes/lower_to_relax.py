@@ -317,7 +317,7 @@ def _dtype(node: Node) -> str:
 
 def _linear(entry: _Entry, node: Node) -> Any:
     x, weight, *rest = node.args
-    bias = rest[0] if rest else node.kwargs.get("bias")
+    weight, bias = fusion.stored(weight), rest[0] if rest else node.kwargs.get("bias")
     n, k = (int(d) for d in weight.meta["val"].shape)
     return _product(entry, node, [weight, bias], n, lambda rows, out: Case.make(
         "linear", _dtype(x), rows, in_features=k, out_features=n, has_bias=bias is not None, out_dtype=out,

@@ -31,6 +31,10 @@ def lowering_passes(target: Target, dtype: str, device: str = "cpu") -> Sequence
         from gptq_compile.passes.lower_precision import LowerPrecision
 
         passes.append(LowerPrecision(getattr(torch, dtype)))
+    elif target.kind == "cpu":
+        from gptq_compile.passes.store_half import StoreHalf
+
+        passes.append(StoreHalf())
     if target.kind == "cuda":  # a launch costs more than reading stretches; on a CPU it is the other way round
         from gptq_compile.passes.fuse_linears import FuseLinears
 

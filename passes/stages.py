@@ -40,16 +40,21 @@ class Stage:
     rerun: bool  # whether the stretch contains the groups' own linears, so that it must run again quantized
 
 
+_LAYERS = frozenset(
+    {
+        aten.linear.default, ops.expert_linear.default, ops.attention.default, ops.quant_linear.default,
+        ops.quant_expert_linear.default,
+    }
+)  # fmt: skip
+
+
 def quantizable(program: Program, include_head: bool) -> list[Node]:
     """The linears to quantize, those of experts among them, in graph order."""
     graph = program.graph
     users_first = list(reversed(graph.nodes))
     feeds: dict[Node, bool] = {}  # does a linear or attention depend on the node?
     for node in users_first:
-        feeds[node] = any(
-            feeds.get(u, False) or u.target in (aten.linear.default, ops.expert_linear.default, ops.attention.default)
-            for u in node.users
-        )
+        feeds[node] = any(feeds.get(u, False) or u.target in _LAYERS for u in node.users)
     chosen = []
     for node in graph.nodes:
         if is_expert(node):

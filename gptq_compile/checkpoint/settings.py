@@ -54,7 +54,7 @@ def settled(options: CompileOptions, given: GptqConfig | None, name: str) -> Com
         static_groups=not given.desc_act,
         compute_dtype=options.quantize.compute_dtype,
     )
-    return replace(options, quantize=quantize, asked=())
+    return replace(options, quantize=quantize, lm_head_bits=options.lm_head_bits or 0, asked=())
 
 
 def words(given: GptqConfig) -> str:

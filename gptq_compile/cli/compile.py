@@ -215,6 +215,12 @@ def add_quantization(group: argparse._ArgumentGroup) -> None:
     )
     _switch(group, "quantize_lm_head", "quantize the output projection too")
     group.add_argument(
+        "--lm-head-bits",
+        type=int,
+        metavar="N",
+        help="else round the output projection to so many bits, 0 to leave it (default: 8 for the CPU, 0 elsewhere)",
+    )
+    group.add_argument(
         "--tune-epochs",
         type=int,
         metavar="N",

@@ -178,6 +178,8 @@ def _grid(options: CompileOptions) -> str:
     q = options.quantize
     group = "one group per row" if q.group_size == -1 else f"groups of {q.group_size}"
     head = ", lm_head too" if q.quantize_lm_head else ""
+    if not head and options.resolved_lm_head_bits:
+        head = f"; lm_head rounded to {options.resolved_lm_head_bits} bits"
     bits = f"{q.wbits} bits" if not q.budgeted else f"bits by measured sensitivity, {_bound(options)}"
     return (
         f"{bits}, {group if not q.budgeted else group + ' or smaller'}, {'symmetric' if q.sym else 'asymmetric'}{head}"
