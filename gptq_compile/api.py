@@ -33,7 +33,7 @@ from gptq_compile.passes.budget import BudgetedQuantize, Footprint
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.memory_plan import plan_memory
-from gptq_compile.passes.pipeline import lowering_passes, trace_passes
+from gptq_compile.passes.pipeline import lowering_passes, storing_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.round_head import RoundHead
 from gptq_compile.passes.tune_scales import TuneScales
@@ -206,10 +206,10 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 tune = TuneScales(options.quantize, original, tuned_on, options.resolved_device, progress.note)
                 manager.run([tune], program)
         reports = quantize.reports
-        if options.resolved_lm_head_bits:
-            head = RoundHead(options.resolved_lm_head_bits, options.resolved_device)
-            manager.run([head], program)
-            reports = [*reports, *head.reports]
+        if options.format == "artifact":
+            stored = storing_passes(target, dtype, options.resolved_lm_head_bits, options.resolved_device)
+            manager.run(stored, program)
+            reports = [*reports, *(r for step in stored if isinstance(step, RoundHead) for r in step.reports)]
         if options.dequantized is not None:
             with clock("dequantize"):
                 again = work.claimed(options.dequantized)

@@ -17,11 +17,12 @@ from gptq_compile.passes.adopt_codes import AdoptCodes
 from gptq_compile.passes.budget import stored_bits
 from gptq_compile.passes.gptq.config import BITS
 from gptq_compile.passes.gptq_quantize import GptqQuantize
+from gptq_compile.passes.manager import Pass
 from gptq_compile.passes.normalize import Normalize
-from gptq_compile.passes.pipeline import lowering_passes, trace_passes
+from gptq_compile.passes.pipeline import lowering_passes, storing_passes, trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.quantize_experts import matrix_shape
-from gptq_compile.passes.round_head import RoundHead, head_config
+from gptq_compile.passes.round_head import head_config
 from gptq_compile.passes.stages import quantizable
 from gptq_compile.passes.tune_scales import TuneScales
 
@@ -113,12 +114,16 @@ def _check_pass(options: CompileOptions, program: Program, source: ModelSource) 
             *trace_passes(),
             AdoptCodes(source.codes) if adopted else GptqQuantize(config),
             *([TuneScales(config, program, None)] if config.tune_epochs else []),
-            *([RoundHead(options.resolved_lm_head_bits)] if options.resolved_lm_head_bits else []),
-            *(lowering_passes(options.resolved_target, options.resolved_dtype) if options.format == "artifact" else []),
+            *(_compiling(options) if options.format == "artifact" else []),
         ]
     ]
     if options.stop_after not in known:
         raise PassError(f"There is no pass called {options.stop_after!r}. The pipeline has: {', '.join(known)}.")
+
+
+def _compiling(options: CompileOptions) -> list[Pass]:
+    target, dtype = options.resolved_target, options.resolved_dtype
+    return [*storing_passes(target, dtype, options.resolved_lm_head_bits), *lowering_passes(target, dtype)]
 
 
 def _rest(program: Program, options: CompileOptions, parameters: int, head: bool) -> int:

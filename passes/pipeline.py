@@ -21,6 +21,15 @@ def trace_passes() -> list[Pass]:
     return [Normalize(), RaiseAttention(), RaisePositions(), RaiseOps(), Normalize()]
 
 
+def storing_passes(target: Target, dtype: str, head: int, device: str = "cpu") -> list[Pass]:
+    """What else a compiled model stores otherwise than it came: a head of ``head`` bits, and matrices in float16."""
+    from gptq_compile.passes.round_head import RoundHead
+    from gptq_compile.passes.store_half import StoreHalf
+
+    passes: list[Pass] = [RoundHead(head, device)] if head else []
+    return [*passes, StoreHalf()] if target.kind == "cpu" and dtype == "float32" else passes
+
+
 def lowering_passes(target: Target, dtype: str, device: str = "cpu") -> Sequence[Pass]:
     """From a quantized program to the one that kernels are chosen for; torch packs weights on ``device``."""
     from gptq_compile.passes.insert_kv_cache import InsertKvCache
@@ -31,10 +40,6 @@ def lowering_passes(target: Target, dtype: str, device: str = "cpu") -> Sequence
         from gptq_compile.passes.lower_precision import LowerPrecision
 
         passes.append(LowerPrecision(getattr(torch, dtype)))
-    elif target.kind == "cpu":
-        from gptq_compile.passes.store_half import StoreHalf
-
-        passes.append(StoreHalf())
     if target.kind == "cuda":  # a launch costs more than reading stretches; on a CPU it is the other way round
         from gptq_compile.passes.fuse_linears import FuseLinears
 

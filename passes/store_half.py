@@ -34,7 +34,7 @@ class StoreHalf(Pass):
         params, found = program.params, {}
         for node in program.param_nodes.values():  # tied ones are one matrix
             found.setdefault(params.canonical(node.meta["param"]), []).append(node)
-        changed = False
+        halved = []
         for name, nodes in found.items():
             used = [n for n in nodes if n.users]
             fits = all(dtype(n) == torch.float32 and all(_as_matrix(u, n) for u in n.users) for n in used)
@@ -42,8 +42,9 @@ class StoreHalf(Pass):
                 params.add(name, params.shape(name), torch.float16, partial(_half, params.entry(name).load))
                 for node in nodes:
                     _narrow(program, node)
-                changed = True
-        return changed
+                halved.append(used[0].meta["param"])
+        program.attrs["halved"] = [*program.attrs.get("halved", ()), *halved]
+        return bool(halved)
 
 
 def _as_matrix(user: Node, param: Node) -> bool:

@@ -23,7 +23,8 @@ _TRANSPOSED = ".T"  # ends the name of a parameter that Normalize turned into a 
 
 
 def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
-    """What a quantized program multiplies by, and the norm weights that were tuned, under the checkpoint's names.
+    """What a quantized program multiplies by, and what else changed, under the checkpoint's names: the norm weights
+    that were tuned, and matrices that are stored in float16.
 
     Args:
         program: after ``gptq_quantize`` and before ``pack_weights``.
@@ -45,6 +46,10 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
         made = dequantize_experts(codes, scales, zeros, bits, group)
         return made.transpose(1, 2).contiguous() if name.endswith(_TRANSPOSED) else made
 
+    def halved(name: str) -> Tensor:
+        made = params.get(name).float()
+        return made.t().contiguous() if name.endswith(_TRANSPOSED) else made
+
     def shifted(name: str, by: float) -> Tensor:
         return params.get(name) - by
 
@@ -58,6 +63,9 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
             _, codes, scales, zeros, _, _, bits, group = node.args
             name = codes.meta["param"].removesuffix(".codes")
             found[name.removesuffix(_TRANSPOSED)] = partial(experts, name, (codes, scales, zeros), bits, group)
+    for name in program.attrs.get("halved", ()):
+        base = params.canonical(name)
+        found[base.removesuffix(_TRANSPOSED)] = partial(halved, base)
     for name in program.attrs.get("tuned_norms", ()):
         base, shift = program.attrs.get("shifted", {}).get(name, (name, 0))
         found[base] = partial(shifted, name, shift)

@@ -20,7 +20,19 @@ from gptq_compile.frontend.source import load_source
 @pytest.fixture(scope="module")
 def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifact") / "tiny"
-    options = ["--wbits", "3", "--group-size", "32", "--method", "rtn", "--target", "cpu", "--json"]
+    options = [
+        "--wbits",
+        "3",
+        "--group-size",
+        "32",
+        "--method",
+        "rtn",
+        "--target",
+        "cpu",
+        "--activations",
+        "float",
+        "--json",
+    ]
     assert main([str(tiny_model), *options, "-o", str(out)]) == 0
     return out
 

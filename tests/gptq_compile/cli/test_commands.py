@@ -180,13 +180,15 @@ def test_inspect_tells_settings_layers_and_kernels(compiled: Any, capsys: pytest
     assert main(["inspect", str(compiled.artifact), "--json", "--verify"]) == 0
     [found] = lines(capsys.readouterr().out)
     assert found["manifest"]["quantization"]["wbits"] == 4 and found["manifest"]["model"]["model_type"] == "llama"
-    assert len(found["layers"]) == 14 and all(x["bits"] == 4 and x["group_size"] == 32 for x in found["layers"])
+    *linears, head = found["layers"]
+    assert len(linears) == 14 and all(x["bits"] == 4 and x["group_size"] == 32 for x in linears)
+    assert (head["name"], head["bits"], head["method"]) == ("lm_head.weight", 8, "rtn")
     about = ("manifest.json", "report.html")  # neither is among the listed files
     listed = sum(p.stat().st_size for p in compiled.artifact.rglob("*") if p.is_file() and p.name not in about)
     assert found["size"] == listed
     assert any(name.startswith("cpu.quant_linear") for name in found["kernels"])
     [prefill] = [c for c in found["choices"] if c["kernel"] == "cpu.quant_linear.panel"]
-    assert prefill["calls"] == {"forward": 14} and len(prefill["cases"]) == 4  # linears, and their shapes
+    assert prefill["calls"] == {"forward": 15} and len(prefill["cases"]) == 5  # linears, and their shapes
     reasons = {found["refused"][case]["cpu.quant_linear.int16"] for case in prefill["cases"]}
     assert ["cpu.quant_linear.int16", *reasons] in prefill["refused"]
     assert found["translated"]["aten.embedding.default"] == {"forward": 1, "decode_1": 1, "decode_2": 1}
@@ -198,8 +200,8 @@ def test_inspect_tells_settings_layers_and_kernels(compiled: Any, capsys: pytest
     assert all((compiled.artifact / library["file"]).is_file() for library in found["manifest"]["libraries"])
     assert main(["inspect", str(compiled.artifact), "--layers", "3"]) == 0
     text = capsys.readouterr().out
-    assert "14 in forward" in text and "pack_weights" in text and "generating code" in text
-    assert "4 bits, groups of 32, asymmetric" in text and "3 worst of 14 linears" in text
+    assert "15 in forward" in text and "pack_weights" in text and "generating code" in text
+    assert "4 bits, groups of 32, asymmetric" in text and "3 worst of 15 linears" in text
 
 
 def test_running_imports_neither_torch_nor_the_compiler(compiled: Any) -> None:
