@@ -27,6 +27,7 @@ from gptq_compile.checkpoint.writer import write_checkpoint
 from gptq_compile.frontend.source import ModelSource, load_source
 from gptq_compile.frontend.trace import trace
 from gptq_compile.inspect_artifact import inspect_artifact
+from gptq_compile.kernels.runtime_libs import copy_runtime_libraries, runtime_libraries
 from gptq_compile.options import CHECKPOINTS, CompileOptions
 from gptq_compile.passes.adopt_codes import AdoptCodes
 from gptq_compile.passes.budget import BudgetedQuantize, Footprint
@@ -163,6 +164,8 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
     _output(options, overwrite, plan.bytes_after).check()
     if dry_run:
         return CompileResult(None, plan, clock.seconds)
+    if options.format == "artifact":
+        runtime_libraries(target)  # a target without any is found before anything slow
     work.claim(options.out)
     small = source.parameter_count <= _VALIDATE_PARAMETERS
     if options.validate and not small:
@@ -240,7 +243,6 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
             manager.run(lowering_passes(target, dtype, options.resolved_device), program)
     except _Stopped:
         return CompileResult(None, plan, clock.seconds, quantize.reports if quantize else [], manager.records)
-    from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
     from gptq_compile.passes.build import build
     from gptq_compile.passes.lower_to_relax import lower_to_relax
 

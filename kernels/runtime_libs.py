@@ -32,6 +32,11 @@ def runtime_libraries(target: Target) -> list[Path]:
 
     import tvm_ffi.libinfo
 
+    if target.is_arm:
+        raise BuildError(
+            "An artifact for aarch64 would need TVM's runtime libraries for it, which no wheel here has. "
+            "gptq_compile.passes.build makes model.a for it, an archive of objects."
+        )
     tvm_package = importlib.util.find_spec("tvm")
     if tvm_package is None or not tvm_package.submodule_search_locations:
         raise BuildError("TVM is not installed, so its runtime libraries cannot be copied. pip install apache-tvm.")

@@ -61,6 +61,11 @@ class Target:
         """Targets of which each becomes one library: for the CPU one per architecture, for CUDA this one."""
         return tuple(Target("cpu", (arch,)) for arch in self.archs) if self.kind == "cpu" else (self,)
 
+    @property
+    def is_arm(self) -> bool:
+        """Whether the code is for 64-bit ARM processors."""
+        return self.kind == "cpu" and _is_arm(self.archs[0])
+
     def has(self, feature: str) -> bool:
         """Whether code for all of the architectures may use a feature of the processor.
 

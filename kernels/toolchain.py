@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from gptq_compile.errors import BuildError
 logger = logging.getLogger(__name__)
 
 CUDART = "libcudart.so.13"
+ARM_TRIPLE = "aarch64-linux-gnu"
 DEFAULT_CUDA_ROOT = Path("/usr/local/cuda")
 
 # Every driver symbol libtvm_runtime_cuda.so imports. CUresult 3 is CUDA_ERROR_NOT_INITIALIZED: nothing may believe
@@ -83,12 +85,21 @@ def find_cc() -> Path | None:
     return None
 
 
-def require_cc() -> Path:
-    """Returns the C compiler that links ``model.so``.
+def require_cc(arm: bool = False) -> Path:
+    """Returns the C compiler that links ``model.so``, for aarch64 if ``arm``.
 
     Raises:
         BuildError: if there is none.
     """
+    cross = f"{ARM_TRIPLE}-gcc"
+    if arm and platform.machine() != "aarch64":
+        found = shutil.which(cross)
+        if found is None:
+            raise BuildError(
+                f"{cross} was not found, which links model.so for aarch64. Install it (Debian: apt-get install "
+                f"gcc-{ARM_TRIPLE}), or build model.a, an archive of objects, and link it there."
+            )
+        return Path(found)
     cc = find_cc()
     if cc is None:
         raise BuildError(
@@ -96,6 +107,18 @@ def require_cc() -> Path:
             "or name a compiler in the environment variable CC."
         )
     return cc
+
+
+def require_ar() -> Path:
+    """Returns the program that makes archives of objects.
+
+    Raises:
+        BuildError: if there is none.
+    """
+    found = shutil.which("ar")
+    if found is None:
+        raise BuildError("ar was not found, which makes archives. Install binutils (Debian: apt-get install binutils).")
+    return Path(found)
 
 
 def _cuda_roots() -> Iterator[Path]:

@@ -50,7 +50,7 @@ from typing import Any
 from gptq_compile.errors import BuildError, GptqCompileError, OutputError
 from gptq_compile.kernels.fatbin import archs_in
 from gptq_compile.kernels.target import Target
-from gptq_compile.kernels.toolchain import Nvcc, require_cc, require_nvcc
+from gptq_compile.kernels.toolchain import Nvcc, require_ar, require_cc, require_nvcc
 from gptq_compile.kernels.tvm_env import relax, require_cuda_codegen, tvm
 from gptq_compile.passes.default_schedule import KeepKernels, ScheduleLeftovers
 
@@ -96,7 +96,8 @@ def build(
             a ``call_tir_inplace`` must be used or returned.
         target: What to emit code for; for the CPU, code that runs on every one of its architectures, which is code
             for the first of them. Build each of its ``variants`` to have code that is made for each.
-        out: The library's path; replaced atomically.
+        out: The library's path; replaced atomically. With the suffix ``.a``, an archive of objects to be linked
+            elsewhere (``gcc -shared -Wl,--whole-archive model.a``), for which no linker is needed.
         fast_math: Let nvcc approximate divisions and transcendental functions, and flush denormals.
         on_step: is told what is done: TVM's passes by their names, code generation, nvcc, linking.
 
@@ -109,14 +110,15 @@ def build(
     """
     started = time.perf_counter()
     out = Path(out)
-    cc = require_cc()
+    archive = out.suffix == ".a"
+    linker = [str(require_ar()), "rcsD"] if archive else [str(require_cc(target.is_arm)), "-shared", "-fPIC", "-o"]
     nvcc = None
     if target.kind == "cuda":
         nvcc = require_nvcc(target.archs)
         require_cuda_codegen()
     with _scratch_beside(out) as scratch:
         library = scratch / out.name
-        _emit(mod, target, nvcc, cc, library, scratch, fast_math, on_step)
+        _emit(mod, target, nvcc, linker, library, scratch, fast_math, on_step)
         on_step(None)
         found = tuple(archs_in(library)) if target.kind == "cuda" else target.archs[:1]
         missing = [arch for arch in target.archs if arch not in found] if target.kind == "cuda" else []
@@ -164,7 +166,7 @@ def _emit(
     mod: Any,
     target: Target,
     nvcc: Nvcc | None,
-    cc: Path,
+    linker: Sequence[str],
     library: Path,
     scratch: Path,
     fast_math: bool,
@@ -178,8 +180,8 @@ def _emit(
     def link(output: str, objects: Sequence[str], **_: Any) -> None:
         on_step("linking")
         _run(
-            [str(cc), "-shared", "-fPIC", "-o", output, *map(str, objects), "-lm"],
-            "linking model.so",
+            [*linker, output, *map(str, objects), *([] if output.endswith(".a") else ["-lm"])],
+            f"linking {library.name}",
             failures,
         )
 

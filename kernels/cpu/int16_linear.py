@@ -45,6 +45,8 @@ def _accepts(case: Case, target: Target) -> Refusal | None:
         return Refusal(str(error))
     if min(grouping.group_size, grouping.in_features) < LEAST_GROUP:
         return Refusal(f"is for groups of {LEAST_GROUP} and more")
+    if not target.has("avx2"):
+        return Refusal("is for x86-64 processors with AVX2")
     return None
 
 

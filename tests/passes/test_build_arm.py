@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for 64-bit ARM compile to its machine code; nothing here runs it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptq_compile.errors import BuildError
+from gptq_compile.kernels import toolchain
+from gptq_compile.kernels.registry import Case, select
+from gptq_compile.kernels.runtime_libs import runtime_libraries
+from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.tvm_env import relax
+from gptq_compile.passes.build import build
+
+ARM = Target.parse("cpu:aarch64+dotprod")
+_EM_AARCH64 = 183  # ELF for the ARM 64-bit architecture, section 4.1
+_FMLA = (0xFFE0FC00, 0x4E20CC00)  # FMLA Vd.4S, Vn.4S, Vm.4S (ARM architecture reference manual, C7.2)
+
+
+def _module() -> tuple[object, list[str]]:
+    """A Relax module with a decode step's kernels, and their names."""
+    linear = {"in_features": 256, "out_features": 64, "group_size": 64, "has_zeros": True, "has_bias": False}
+    heads = {"heads": 6, "kv_heads": 2, "head_dim": 64, "v_head_dim": 64, "page_size": 16, "scale": 0.125}
+    options = {"window": 0, "softcap": 0.0, "has_sinks": False, "has_alibi": False}
+    cases = [
+        Case.make("quant_linear", "float32", rows, bits=bits, activations=activations, **linear)
+        for rows, bits, activations in ((1, 4, "float"), (1, 3, "int8"), (None, 4, "float"), (None, 2, "int8"))
+    ] + [Case.make("paged_attention", "float32", rows, **heads, **options) for rows in (1, None)]
+    builder, names = relax.BlockBuilder(), []
+    for i, case in enumerate(cases):
+        func = select(case, ARM).kernel.prim_func(case, ARM)
+        names.append(f"kernel_{i}")
+        builder.add_func(func.with_attr("global_symbol", names[-1]), names[-1])
+    x = relax.Var("x", relax.TensorType([4], "float32"))
+    with builder.function("main", [x]):
+        builder.emit_func_output(x)
+    return builder.get(), names
+
+
+def test_kernels_become_arm_machine_code(tmp_path: Path) -> None:
+    module, names = _module()
+    info = build(module, ARM, tmp_path / "model.a")
+    assert info.archs == ("aarch64+dotprod",)
+    subprocess.run(["ar", "x", info.path], cwd=tmp_path, check=True)
+    objects = sorted(tmp_path.glob("*.o"))
+    symbols = subprocess.run(["nm", info.path], capture_output=True, text=True, check=True).stdout
+    assert all(f"T __tvm_ffi_{name}\n" in symbols for name in names), symbols[:2000]
+    code = b""
+    for path in objects:
+        data = path.read_bytes()
+        assert data[:4] == b"\x7fELF" and int.from_bytes(data[18:20], "little") == _EM_AARCH64, path.name
+        code += data[: len(data) // 4 * 4]
+    words = np.frombuffer(code, "<u4")
+    assert int(((words & _FMLA[0]) == _FMLA[1]).sum()) > 50, "sums are not vectors"
+
+
+def test_what_linking_for_arm_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: "x86_64")
+    with pytest.raises(BuildError, match=r"aarch64-linux-gnu-gcc was not found.*build model\.a"):
+        build(_module()[0], ARM, tmp_path / "model.so")
+    with pytest.raises(BuildError, match="runtime libraries for it, which no wheel here has"):
+        runtime_libraries(ARM)
