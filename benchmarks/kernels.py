@@ -3,13 +3,13 @@
 
 Building needs the compiler and nvcc but no GPU; running needs a GPU, torch and apache-tvm-ffi but no compiler::
 
-    PYTHONPATH=. python benchmarks/kernels.py build OUT [--rows 1 2 8 512] [--bits 4 3 2 8] [--tune]
+    PYTHONPATH=. python benchmarks/kernels.py build OUT [--rows 1 2 8 512] [--bits 4 3 2 8] [--tune stream]
     PYTHONPATH=. python benchmarks/kernels.py run OUT [--json FILE] [--peers]
 
 Shapes are those of Llama-3-8B (q, k, v as one linear; gate and up as one), groups of 128. Every figure is the median of
 replays of a CUDA graph whose calls go round copies of the weights that together exceed the caches. ``floor`` is the
 best of several read-only kernels, over weights and scales, in the same run. Each kernel is first checked against
-float64 on sample rows, with outputs poisoned. ``--tune`` builds the stream kernel in many divisions of the work.
+float64 on sample rows, with outputs poisoned. ``--tune`` builds kernels in many divisions of the work.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def pipelines(shape: Any, rows: int, target: Any, best: int = 8) -> list[Any]:
 
 def build(arguments: argparse.Namespace) -> None:
     """Builds every kernel into OUT/kernels.so and lists them in OUT/kernels.json."""
-    from gptq_compile.kernels.cuda import pipeline_linear, stream, tile_linear
+    from gptq_compile.kernels.cuda import launch, pipeline_linear, stationary, stationary_linear, stream, tile_linear
     from gptq_compile.kernels.layouts import layout_for
     from gptq_compile.kernels.registry import select
     from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
@@ -154,12 +154,18 @@ def build(arguments: argparse.Namespace) -> None:
                 if not arguments.tune:
                     continue
                 shape = stream.Shape(case.rows or 0, *_n_grouping(case), False)
-                if rows <= stream.MAX_ROWS:
+                if "stationary" in arguments.tune and rows <= stationary.MAX_ROWS:
+                    dependent = dataclasses.replace(shape, dependent=True)
+                    for config in stationary.divisions(dependent, target.archs, launch.supported(target)):
+                        func = stationary_linear.build(case, target, config)
+                        label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
+                        add({**entry, "kernel": f"stationary {label}"}, func, f"stat_{name}_{bits}_{rows}_{label}")
+                if "stream" in arguments.tune and rows <= stream.MAX_ROWS:
                     for config in divisions(shape, target.archs):
                         func = tile_linear.build_stream(case, target, config)
                         label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
                         add({**entry, "kernel": f"stream {label}"}, func, f"linear_{name}_{bits}_{rows}_{label}")
-                if rows >= 4:
+                if "pipeline" in arguments.tune and rows >= 4:
                     for config in pipelines(shape, rows, target):
                         func = pipeline_linear.build(case, target, [(None, config)])
                         label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
@@ -349,7 +355,8 @@ def main() -> int:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048])
     parser.add_argument("--static", type=int, default=64, help="up to how many rows the number is known to the kernel")
-    parser.add_argument("--tune", action="store_true", help="also build other divisions of the stream kernel")
+    families = ("stream", "stationary", "pipeline")
+    parser.add_argument("--tune", nargs="+", choices=families, default=(), help="build other divisions of these, too")
     parser.add_argument("--best", type=int, default=3, help="print that many of the fastest")
     parser.add_argument("--peers", action="store_true", help="also time torch's linears")
     parser.add_argument("--json", type=Path, help="write all figures there")

@@ -5,9 +5,9 @@ A group is emitted in the place of its last node and reads only the group's inpu
 unless something else needs it. Groups are found by what values mean, never by the model:
 
 * a packed linear, with the norm, gated activation or activation that makes its input, if no one else reads that, and
-  with the addition of its result to a float32 stream (``fused_linear``);
+  with the addition of its result to a float32 stream or the gated activation of its two halves (``fused_linear``);
 * attention of a decode step, with rotary embeddings and the cache append (``decode_attention``);
-* a gated activation whose factors are stretches of one tensor.
+* a gated activation whose factors are stretches of one tensor, and rotary embeddings of heads that are one.
 
 Each is taken only where a kernel of the target accepts the case; otherwise the parts are lowered one by one.
 """
@@ -87,6 +87,8 @@ def plan(
         group = None
         if is_call(node, ops.gated_act.default):
             group = _gated(node, count(node), takes)
+        elif is_call(node, ops.rotary_embedding.default):
+            group = _rotary(node, count(node.args[1]), takes)
         elif is_call(node, ops.paged_attention.default) and batch is not None:
             group = _decode_attention(program, node, batch, takes)
         if group is not None:
@@ -165,6 +167,20 @@ def _gated(node: Node, rows: int | None, takes: _Taker) -> Group | None:
     return Group(node, case, (gate_source, up_source), frozenset((gate_source, up_source)))
 
 
+def _rotary(node: Node, rows: int | None, takes: _Taker) -> Group | None:
+    x, *tables = node.args[:3]
+    source, width, at, apart = heads(x)
+    if source is x:
+        return None
+    count, dim = (int(d) for d in shape(x)[-2:])
+    case = Case.make(
+        "rotary_embedding", _name(source), rows, heads=count, head_dim=dim, rotary_dim=int(shape(tables[0])[-1]),
+        interleaved=bool(node.args[3]) if len(node.args) > 3 else False, table_dtype=_name(tables[0]),
+        out_dtype=_name(node), width=width, at=at, apart=apart,
+    )  # fmt: skip
+    return Group(node, case, (source, *tables), frozenset((source, *tables))) if takes(case) else None
+
+
 def _decode_attention(program: Program, node: Node, rows: int, takes: _Taker) -> Group | None:
     q, k, v, k_cache, v_cache, _, sequences, slots, page_table, scale, *rest = node.args
     window, softcap, sinks, alibi = with_defaults(rest, [0, 0.0, None, None])
@@ -212,26 +228,59 @@ def _decode_attention(program: Program, node: Node, rows: int, takes: _Taker) ->
 
 
 def _linears(program: Program, count: Count, takes: _Taker) -> dict[Node, Group]:
-    found = []
+    found: list[tuple[Node, Group, Node | None]] = []
+    gates: set[Node] = set()  # gated activations that come out of the linear in front of them
     for node in program.graph.nodes:
-        if is_call(node, ops.packed_linear.default) and count(node) is not None:
-            made = _input(node.args[0])
-            group = _linear(node, count(node), made)
-            if made is not None and not takes(group.case):
-                group = _linear(node, count(node), None)
-            if group.case.op == "fused_linear" and takes(group.case):
-                found.append((node, group))
+        if not is_call(node, ops.packed_linear.default):
+            continue
+        made = _input(node.args[0])
+        if made is not None and made.node in gates:
+            made = None
+        gated, rows = _gates(node), count(node)
+        group = _linear(node, rows, made, gated)
+        if made is not None and not takes(group.case):
+            plain = _linear(node, rows, made)
+            # What makes the input is worth more than what follows.
+            made, gated = (made, None) if takes(plain.case) else (None, gated)
+            group = _linear(node, rows, made, gated)
+        if gated is not None and not takes(group.case):
+            gated, group = None, _linear(node, rows, made)
+        if group.case.op == "fused_linear" and takes(group.case):
+            found.append((node, group, gated))
+            gates.update([gated] if gated is not None else [])
     # What makes the input of several linears is only computed inside of them if that holds for all.
-    inside = {linear: group.inside[0] for linear, group in found if group.inside}
+    inside = {linear: group.inside[0] for linear, group, _ in found if group.inside}
     apart = {made for made in inside.values() if any(inside.get(user) is not made for user in made.users)}
     groups = {}
-    for linear, group in found:
+    for linear, group, gated in found:
         if group.inside and group.inside[0] in apart:
-            group = _linear(linear, count(linear), None)
+            group = _linear(linear, count(linear), None, gated)
+            if group.case.op != "fused_linear" or not takes(group.case):
+                group = _linear(linear, count(linear), None)
             if group.case.op != "fused_linear" or not takes(group.case):
                 continue
         groups[group.node] = group
     return groups
+
+
+def _gates(node: Node) -> Node | None:
+    """The gated activation whose gate and other factor are the two halves of a product, if nothing else reads that."""
+    last, residual = _added(node)
+    readers, queue = set(), list(last.users)
+    while queue:
+        user = queue.pop()
+        if feature_slice(user) is not None:
+            queue += user.users
+        else:
+            readers.add(user)
+    if residual is not None or len(readers) != 1:
+        return None
+    (gated,) = readers
+    if not is_call(gated, ops.gated_act.default):
+        return None
+    features = int(shape(gated)[-1])
+    halves = stretch(gated.args[0]) == (last, 0) and stretch(gated.args[1]) == (last, features)
+    return gated if halves and int(shape(last)[-1]) == 2 * features else None
 
 
 @dataclass(frozen=True)
@@ -270,10 +319,12 @@ def _input(x: Node) -> _Made | None:
     return _Made(x, {"input": "activated", "act": act, "input_dtype": _name(x.args[0])}, (x.args[0],))
 
 
-def _linear(node: Node, rows: int | None, made: _Made | None) -> Group:
+def _linear(node: Node, rows: int | None, made: _Made | None, gated: Node | None = None) -> Group:
     """The group of a packed linear: a plain ``quant_linear`` if nothing comes together with it."""
     x, packed, bias, _, _, bits, group_size, out_features, has_zeros = node.args
     last, residual = _added(node)
+    if gated is not None:
+        last = gated
     if made is not None and dtype(x) not in (torch.float16, torch.bfloat16):
         made = None
     case = packed_case(
@@ -282,8 +333,9 @@ def _linear(node: Node, rows: int | None, made: _Made | None) -> Group:
     sources = (x,) if made is None else made.rows
     parameters = () if made is None else made.parameters
     extra = [e for e in (bias, residual) if e is not None]
-    if made is not None or residual is not None:
-        attrs = {} if made is None else made.attrs
+    if made is not None or residual is not None or gated is not None:
+        attrs = {} if made is None else dict(made.attrs)
+        attrs |= {} if gated is None else {"out_act": gated.args[2]}
         case = Case.make(
             "fused_linear", case.dtype, rows, **dict(case.attrs), has_residual=residual is not None, **attrs
         )
@@ -317,7 +369,8 @@ def emit(entry: Any, group: Group) -> Any:
     from gptq_compile.kernels.tvm_env import relax
 
     arguments = [entry.whole_rows(n) if n in group.flat else entry.argument(n) for n in group.arguments]
-    last = [int(d) for d in shape(group.node)[-2 if group.case.op == "decode_attention" else -1 :]]
+    by_heads = group.case.op in ("decode_attention", "rotary_embedding")
+    last = [int(d) for d in shape(group.node)[-2 if by_heads else -1 :]]
     rows = entry.leading(group.node, len(last))
     out = relax.TensorType([rows, *last], _name(group.node))
     function = entry.kernels.function(group.case)

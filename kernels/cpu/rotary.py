@@ -10,7 +10,7 @@ from typing import Any
 from gptq_compile.kernels import tirx_math as tm
 from gptq_compile.kernels.attention_params import refuse_rotary
 from gptq_compile.kernels.cpu.norms import row_loop
-from gptq_compile.kernels.registry import Case, Kernel
+from gptq_compile.kernels.registry import Case, Kernel, Refusal
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import T
 
@@ -55,4 +55,10 @@ def _rotary(case: Case, target: Target) -> Any:
     return rotary_embedding
 
 
-KERNELS = (Kernel("cpu.rotary_embedding", "rotary_embedding", lambda case, target: refuse_rotary(case), _rotary),)
+def _accepts(case: Case, target: Target) -> Refusal | None:
+    if case.get("width") is not None:
+        return Refusal("reads heads that lie by themselves, not in wider rows")
+    return refuse_rotary(case)
+
+
+KERNELS = (Kernel("cpu.rotary_embedding", "rotary_embedding", _accepts, _rotary),)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import mma_linear, pipeline_linear, tile_linear, wgmma_linear
+from gptq_compile.kernels.cuda import mma_linear, pipeline_linear, stationary_linear, tile_linear, wgmma_linear
 from gptq_compile.kernels.cuda.warp import warp_sum
 from gptq_compile.kernels.layouts import grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
@@ -160,7 +160,10 @@ def _first(accepts: Callable[[Case, Target], Refusal | None]) -> Callable[[Case,
 
 
 KERNELS = (
+    Kernel("cuda.fused_linear.stationary", "fused_linear", _first(stationary_linear.accepts), stationary_linear.build),
     Kernel("cuda.fused_linear.stream", "fused_linear", _first(tile_linear.accepts_fused), tile_linear.build_stream),
+    Kernel("cuda.fused_linear.wgmma", "fused_linear", _first(wgmma_linear.accepts), wgmma_linear.build),
+    Kernel("cuda.quant_linear.stationary", "quant_linear", _first(stationary_linear.accepts), stationary_linear.build),
     Kernel("cuda.quant_linear.stream", "quant_linear", _first(tile_linear.accepts_stream), tile_linear.build_stream),
     Kernel("cuda.quant_linear.wgmma", "quant_linear", _first(wgmma_linear.accepts), wgmma_linear.build),
     Kernel("cuda.quant_linear.pipeline", "quant_linear", _first(pipeline_linear.accepts), pipeline_linear.build),

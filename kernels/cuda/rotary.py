@@ -17,16 +17,24 @@ _THREADS = 128
 
 
 def _rotary(case: Case, target: Target) -> Any:
-    """One thread per pair: (i, i + R/2), or (2i, 2i + 1) when interleaved; the rest of a head is copied."""
+    """One thread per pair: (i, i + R/2), or (2i, 2i + 1) when interleaved; the rest of a head is copied.
+
+    With a ``width``, x is rows of so many features: feature d of head h is at ``at + h * apart + d``.
+    """
     n, H, D, dtype = tm.rows(case), int(case["heads"]), int(case["head_dim"]), case.dtype
     R, table_dtype = int(case.get("rotary_dim", D)), str(case.get("table_dtype", dtype))
     out_dtype = str(case.get("out_dtype", dtype))
     interleaved = bool(case.get("interleaved", False))
     half, rest = R // 2, D - R
+    width, at, apart = (int(case.get(key, 0)) for key in ("width", "at", "apart"))
+    shape = (n, width) if width else (n, H, D)
+
+    def place(token: Any, head: Any, feature: Any) -> tuple[Any, ...]:
+        return (token, at + head * apart + feature) if width else (token, head, feature)
 
     @T.prim_func(s_tir=True)
     def rotary_embedding(
-        x: T.Buffer((n, H, D), dtype),
+        x: T.Buffer(shape, dtype),
         cos: T.Buffer((n, R), table_dtype),
         sin: T.Buffer((n, R), table_dtype),
         out: T.Buffer((n, H, D), out_dtype),
@@ -39,8 +47,8 @@ def _rotary(case: Case, target: Target) -> Any:
                         h: T.let[T.int32] = pair // half
                         a: T.let[T.int32] = 2 * (pair % half) if interleaved else pair % half
                         b: T.let[T.int32] = a + 1 if interleaved else a + half
-                        xa: T.let[T.float32] = T.Cast("float32", x[t, h, a])
-                        xb: T.let[T.float32] = T.Cast("float32", x[t, h, b])
+                        xa: T.let[T.float32] = T.Cast("float32", x[place(t, h, a)])
+                        xb: T.let[T.float32] = T.Cast("float32", x[place(t, h, b)])
                         out[t, h, a] = T.Cast(
                             out_dtype, xa * T.Cast("float32", cos[t, a]) - xb * T.Cast("float32", sin[t, a])
                         )
@@ -52,7 +60,7 @@ def _rotary(case: Case, target: Target) -> Any:
                         element: T.let[T.int32] = step * _THREADS + tx
                         if element < H * rest:
                             out[t, element // rest, R + element % rest] = T.Cast(
-                                out_dtype, x[t, element // rest, R + element % rest]
+                                out_dtype, x[place(t, element // rest, R + element % rest)]
                             )
 
     return rotary_embedding

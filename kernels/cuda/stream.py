@@ -60,6 +60,7 @@ class Shape:
     Attributes:
         made: how x comes about.
         dependent: the kernel is launched while the one before it runs: it asks for weights first, then waits.
+        act: if given, the first half of the rows are gates and what is stored is act(gate) times the other half.
     """
 
     rows: int
@@ -68,6 +69,12 @@ class Shape:
     has_zeros: bool
     made: Input = stream_input.AS_IT_IS
     dependent: bool = False
+    act: str = ""
+
+    @property
+    def halves(self) -> int:
+        """Tiles that make one tile of results."""
+        return 2 if self.act else 1
 
     @property
     def row_tiles(self) -> int:
@@ -111,19 +118,21 @@ def shared_bytes(shape: Shape, config: Config) -> int:
 
 
 def launch_bytes(shape: Shape, config: Config, archs: tuple[str, ...]) -> int:
-    """Returns the shared memory that a launch asks for: more than half of a multiprocessor's if launches overlap.
+    """Returns the shared memory that a launch asks for: with overlapping launches at least `alone_bytes`."""
+    return max(shared_bytes(shape, config), alone_bytes(archs) if shape.dependent else 0)
+
+
+def alone_bytes(archs: tuple[str, ...]) -> int:
+    """Returns more than half of a multiprocessor's shared memory, so that no two blocks fit.
 
     Blocks of a dependent launch start wherever there is room. Where two fit, those multiprocessors that are free first
     take two and others none: 43 instead of 20 us for the gate and up linear of Llama-3-8B on an H200.
     """
-    needed = shared_bytes(shape, config)
-    if not shape.dependent:
-        return needed
-    limits = _limits(archs)
-    return max(needed, min(min(limits) - RESERVED, max(limits) // 2 + RESERVED))
+    most = limits(archs)
+    return min(min(most) - RESERVED, max(most) // 2 + RESERVED)
 
 
-def _limits(archs: tuple[str, ...]) -> list[int]:
+def limits(archs: tuple[str, ...]) -> list[int]:
     """Returns the shared memory that a block may have on each of `archs`."""
     return [SHARED_BYTES.get(int("".join(filter(str.isdigit, arch))), 99 << 10) for arch in archs]
 
@@ -176,7 +185,7 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
 
     Measured on an H200 for the shapes of Llama-3-8B and OPT-175B (benchmarks/RESULTS.md, "Quantized linear kernels").
     """
-    limit = min(_limits(archs)) - RESERVED
+    limit = min(limits(archs)) - RESERVED
     each = -(-shape.row_tiles // BLOCKS)
     tiles, height, units = _for_digits(shape, each) if uses_digits(shape) else _for_halves(shape, each)
     splits = 16 // tiles

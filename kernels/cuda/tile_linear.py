@@ -70,6 +70,8 @@ def accepts_fused(case: Case, target: Target) -> Refusal | None:
     refusal = accepts_stream(case, target)
     if refusal is not None:
         return refusal
+    if case.get("out_act"):
+        return Refusal("stores what it multiplies, not the product of gates and another factor")
     made = _input(case)
     if made.dtype not in stream_input.C_TYPES:
         return Refusal(f"needs float32 or float16 activations, not {made.dtype}")
@@ -79,6 +81,15 @@ def accepts_fused(case: Case, target: Target) -> Refusal | None:
     count = (case.rows or 0) * case["in_features"]
     if count > most:
         return Refusal(f"{count} activations are cheaper to make once than in every block (from {most} on)")
+    return None
+
+
+def refuse_made(case: Case) -> Refusal | None:
+    """Refuses activations that are to be made on the way in, and gates that are not whole tiles."""
+    if case.get("input", stream_input.PLAIN) != stream_input.PLAIN:
+        return Refusal("multiplies activations that are there, and makes none")
+    if case.get("out_act") and case["out_features"] % (2 * fragments.TILE_ROWS):
+        return Refusal(f"needs gates that are whole tiles, not {case['out_features'] // 2} rows")
     return None
 
 
@@ -104,8 +115,9 @@ def _input(case: Case) -> Input:
 def shape_of(case: Case, dependent: bool = False) -> stream.Shape:
     """Returns the problem of a ``quant_linear`` or ``fused_linear`` case, with 0 for a symbolic number of rows."""
     return stream.Shape(
-        case.rows or 0, case["out_features"], grouping_of(case), bool(case["has_zeros"]), _input(case), dependent
-    )
+        case.rows or 0, case["out_features"], grouping_of(case), bool(case["has_zeros"]), _input(case), dependent,
+        str(case.get("out_act", "")),
+    )  # fmt: skip
 
 
 def _inputs(f: Function, case: Case, rows: Expr) -> dict[str, Any]:
@@ -130,7 +142,7 @@ def tensors_of(f: Function, case: Case, target: Target) -> dict[str, Any]:
         found["bias"] = f.tensor("bias", (n,), case.dtype)
     if case.get("has_residual"):
         found["residual"] = f.tensor("residual", (rows, n), "float32")
-    found["out"] = f.tensor("out", (rows, n), case.get("out_dtype", case.dtype))
+    found["out"] = f.tensor("out", (rows, n // 2 if case.get("out_act") else n), case.get("out_dtype", case.dtype))
     return found
 
 

@@ -98,6 +98,12 @@ __device__ __forceinline__ float gq_remote(const float* p, int rank) {
                : "=f"(v) : "r"(address), "r"(rank) : "memory");
   return v;
 }
+// Stores where another block of the cluster has what is p here.
+__device__ __forceinline__ void gq_store_remote(float* p, int rank, float v) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(p);
+  asm volatile("{\\n.reg .u32 a;\\nmapa.shared::cluster.u32 a, %0, %1;\\nst.shared::cluster.f32 [a], %2;\\n}"
+               :: "r"(address), "r"(rank), "f"(v) : "memory");
+}
 __device__ __forceinline__ float4 gq_remote4(const float* p, int rank) {
   unsigned address = (unsigned)__cvta_generic_to_shared(p);
   float4 v;

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import tile_source, wgmma_source
+from gptq_compile.kernels.cuda import stream_input, tile_source, wgmma_source
 from gptq_compile.kernels.cuda.stream import UNIT, Shape
 
 SHARED_BYTES = 227 << 10
@@ -84,8 +84,8 @@ def blocks_along_rows(shape: Shape, config: Config) -> int:
     return -(-shape.row_tiles * fragments.TILE_ROWS // config.rows)
 
 
-def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: str) -> str:
-    """Returns CUDA text with ``name::run(x, q, scales, [zeros], [bias], out, rows, shared)``."""
+def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: str, has_residual: bool = False) -> str:
+    """Returns CUDA text with ``name::run(x, q, scales, [zeros], [bias], [residual], out, rows, shared)``."""
     bits, grouping = shape.grouping.bits, shape.grouping
     consumer, producer = config.registers or (0, 0)
     constants = {
@@ -101,7 +101,11 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
         _BODY.replace("@ZEROS@", "const unsigned char* __restrict__ zeros, " if shape.has_zeros else "")
         .replace("@BIAS@", "const half* __restrict__ bias, " if has_bias else "")
         .replace("@OUT@", out_type)
-        .replace("@ADD_BIAS@", "+ __half2float(bias[row + i])" if has_bias else "")
+        .replace("@RESIDUAL@", "const float* __restrict__ residual, " if has_residual else "")
+        .replace("@RESIDUAL_POINTER@", "residual" if has_residual else "nullptr")
+        .replace("@BIAS_POINTER@", "bias" if has_bias else "nullptr")
+        .replace("@GATED@", str(bool(shape.act)).lower())
+        .replace("@ACT@", stream_input.ACTIVATIONS[shape.act] if shape.act else "v")
         .replace("@INTEGERS@", f"gq_integers{bits}")
         .replace("@HAS_ZEROS@", "true" if shape.has_zeros else "false")
         .replace("@ZEROS_POINTER@", "zeros" if shape.has_zeros else "nullptr")
@@ -113,13 +117,25 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
 
 _BODY = """
 constexpr bool HAS_ZEROS = @HAS_ZEROS@;
-constexpr int RUNS = 128 / RUN, ROWS = 64 * W * R, LINE = ROWS + 4, SHARE = (ROWS / 8 + S - 1) / S * 8;
+constexpr bool GATED = @GATED@;
+constexpr int RUNS = 128 / RUN, ROWS = 64 * W * R, LINE = ROWS + 4;
+// Rows of results of a block, which a cluster shares. With gates, half of the block's rows are gates.
+constexpr int STORED = GATED ? ROWS / 2 : ROWS, SHARE = (STORED / 8 + S - 1) / S * 8, OUTS = GATED ? N / 2 : N;
 constexpr int SCALE_AT = R * BITS * 256, ZERO_AT = SCALE_AT + R * RUNS * 32;
 constexpr int STAGE = TOKENS * 256, RING_AT = P * STAGE, RING = D * SLOT;
 constexpr int COPIES = RING_AT + 4 * W * RING, RESULTS = TOKENS * LINE * 4;
 constexpr int BARRIERS_AT = (COPIES > RESULTS ? COPIES : RESULTS) + 15 & ~15;
 constexpr int STEPS = RUN == 32 ? 2 : 4, BATCHES = 8 / STEPS * R;
 constexpr int PER_SPLIT = (UNITS + S - 1) / S;
+
+__device__ __forceinline__ float activated(float v) { return @ACT@; }
+
+// The tile of the layout that holds rows `row` to `row` + 15 of a block.
+__device__ __forceinline__ int tile_of(int row_block, int row) {
+  const int tile = row_block * (STORED / 16) + row % STORED / 16, tiles = OUTS / 16;
+  if (GATED) return min(tile, tiles - 1) + (row < STORED ? 0 : tiles);
+  return min(tile, TILES - 1);
+}
 
 // Activations to their stages: the sixteen-byte piece j of token t goes to piece j ^ (t % 8) of its 128 bytes.
 __device__ __forceinline__ void copy(const half* __restrict__ x, int first_token, int rows, int first, int last,
@@ -156,8 +172,22 @@ __device__ __forceinline__ void copy(const half* __restrict__ x, int first_token
   for (int u = max(last - AHEAD, first); u < last; ++u) hand_over();
 }
 
+// Eight results that stand at p in every block of the cluster, and the bias of weight rows from `row` on.
+__device__ __forceinline__ void add_up(float* v, const float* p, int row, const half* bias) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = bias != nullptr && row + i < N ? __half2float(bias[row + i]) : 0.f;
+#pragma unroll
+  for (int from = 0; from < S; ++from)
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const float4 four = S == 1 ? *reinterpret_cast<const float4*>(p + i) : gq_remote4(p + i, from);
+      v[i] += four.x; v[i + 1] += four.y; v[i + 2] += four.z; v[i + 3] += four.w;
+    }
+}
+
 __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* __restrict__ q,
-                                    const half* __restrict__ scales, @ZEROS@@BIAS@@OUT@* __restrict__ out, int rows,
+                                    const half* __restrict__ scales, @ZEROS@@BIAS@@RESIDUAL@
+                                    @OUT@* __restrict__ out, int rows,
                                     unsigned char* shared) {
   shared += (1024 - gq_shared(shared) % 1024) % 1024;
   unsigned long long* full = reinterpret_cast<unsigned long long*>(shared + BARRIERS_AT);
@@ -181,22 +211,23 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   if constexpr (MORE > 0) gq_more_registers<MORE>();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  // Row of the block, and tile of the layout, of this warp's first sixteen rows; the next are 64 rows on.
-  const int first_row = warp / 4 * R * 64 + warp % 4 * 16, first_tile = row_block * (ROWS / 16) + first_row / 16;
+  // Row of the block of this warp's first sixteen rows; the next are 64 rows on.
+  const int first_row = warp / 4 * R * 64 + warp % 4 * 16;
   unsigned char* ring = shared + RING_AT + warp * RING;
   const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
   int ahead = first, slot = 0;
   const char* from[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    const long long tile = first_tile + 4 * r < TILES ? first_tile + 4 * r : TILES - 1;
+    const long long tile = tile_of(row_block, first_row + 64 * r);
     from[r] = reinterpret_cast<const char*>(q) + tile * (CHUNKS * BITS * 128) + first * (BITS * 256) + lane * 16;
   }
   // Scales are copied by lanes 0-15, zero points by the others: sixteen bytes of one tile and run each.
   const bool is_zero = HAS_ZEROS && lane >= 16;
   const int mine = is_zero ? 2 * (lane - 16) : lane, my_run = mine / 2 % RUNS;
-  const int my_tile = min(first_tile + mine / (2 * RUNS) * 4, TILES - 1), group_bytes = is_zero ? 16 : 32;
   const bool has_grid = mine < 2 * RUNS * R;
+  const int my_tile = tile_of(row_block, first_row + (has_grid ? mine / (2 * RUNS) * 64 : 0));
+  const int group_bytes = is_zero ? 16 : 32;
   const char* grid = is_zero ? reinterpret_cast<const char*>(zero_points) : reinterpret_cast<const char*>(scales);
   grid += (long long)my_tile * GROUPS * group_bytes + (is_zero ? 0 : lane % 2 * 16);
   const int to_grid = is_zero ? ZERO_AT + (lane - 16) * 16 : SCALE_AT + lane * 16;
@@ -286,6 +317,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
 
   // Results, [token][row], in the place of stages and rings, which no warp of this block needs any more.
   float* results = reinterpret_cast<float*>(shared);
+  const half* bias_of = (const half*)@BIAS_POINTER@;
   gq_wait<0>();
   gq_barrier(1, 128 * W);
 #pragma unroll
@@ -298,29 +330,35 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   if constexpr (S > 1) gq_cluster_barrier(); else gq_barrier(1, 128 * W);
 #pragma unroll 1
   for (int j = threadIdx.x; j < TOKENS * (SHARE / 8); j += 128 * W) {
-    const int token = j / (SHARE / 8), at = rank * SHARE + j % (SHARE / 8) * 8, row = row_block * ROWS + at;
-    if (first_token + token >= rows || row >= N || at >= ROWS) continue;
-    float v[8] = {};
+    const int token = j / (SHARE / 8), at = rank * SHARE + j % (SHARE / 8) * 8, row = row_block * STORED + at;
+    if (first_token + token >= rows || row >= OUTS || at >= STORED) continue;
+    const float* p = results + token * LINE + at;
+    float v[8], gate[8];
+    add_up(v, p + (GATED ? STORED : 0), GATED ? OUTS + row : row, bias_of);
+    if constexpr (GATED) {
+      add_up(gate, p, row, bias_of);
 #pragma unroll
-    for (int from = 0; from < S; ++from)
+      for (int i = 0; i < 8; ++i) v[i] *= activated(gate[i]);
+    }
+    const long long place = (long long)(first_token + token) * OUTS + row;
+    const float* added = (const float*)@RESIDUAL_POINTER@;
+    if constexpr (OUTS % 8 == 0) {
+      if (added != nullptr)
 #pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        const float* p = results + token * LINE + at + i;
-        const float4 four = S == 1 ? *reinterpret_cast<const float4*>(p) : gq_remote4(p, from);
-        v[i] += four.x; v[i + 1] += four.y; v[i + 2] += four.z; v[i + 3] += four.w;
-      }
-    @OUT@* to = out + (long long)(first_token + token) * N + row;
-    if constexpr (N % 8 == 0) {
+        for (int i = 0; i < 8; i += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(added + place + i);
+          v[i] += four.x; v[i + 1] += four.y; v[i + 2] += four.z; v[i + 3] += four.w;
+        }
       alignas(16) @OUT@ eight[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) eight[i] = (@OUT@)(v[i] @ADD_BIAS@);
+      for (int i = 0; i < 8; ++i) eight[i] = (@OUT@)v[i];
 #pragma unroll
       for (int i = 0; i < (int)sizeof(eight) / 16; ++i)
-        reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(eight)[i];
+        reinterpret_cast<uint4*>(out + place)[i] = reinterpret_cast<const uint4*>(eight)[i];
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (row + i < N) to[i] = (@OUT@)(v[i] @ADD_BIAS@);
+        if (row + i < OUTS) out[place + i] = (@OUT@)(v[i] + (added != nullptr ? added[place + i] : 0.f));
     }
   }
   if constexpr (S > 1) gq_cluster_barrier();

@@ -19,7 +19,7 @@ def accepts(case: Case, target: Target) -> Refusal | None:
         return Refusal("is for whole tiles on a target of sm_90a alone")
     if case.dtype != "float16":
         return Refusal(f"needs float16 activations, not {case.dtype}")
-    return None
+    return tile_linear.refuse_made(case)
 
 
 def build(case: Case, target: Target, plan: wgmma.Plan | None = None) -> Any:
@@ -34,7 +34,7 @@ def build(case: Case, target: Target, plan: wgmma.Plan | None = None) -> Any:
 
         def launch(config: wgmma.Config) -> None:
             name = tile_linear.name_of("wgmma", case, config)
-            source = wgmma.source(name, shape, config, bool(case["has_bias"]), out_type)
+            source = wgmma.source(name, shape, config, bool(case["has_bias"]), out_type, bool(case.get("has_residual")))
             token_tiles = ir.cast((rows + config.tokens - 1) // config.tokens, "int32")
             with contextlib.ExitStack() as stack:
                 blocks = wgmma.blocks_along_rows(shape, config) * config.splits

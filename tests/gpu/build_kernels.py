@@ -16,7 +16,7 @@ import json
 import logging
 from pathlib import Path
 
-from cases import all_cases, symbols
+from cases import BuiltFor, all_cases, symbols
 
 from gptq_compile.kernels.registry import kernels_for, select
 from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
@@ -29,6 +29,7 @@ logger = logging.getLogger("build_kernels")
 
 def _module(target: Target, only: list[str]) -> tuple[object, dict[str, dict[str, str]]]:
     """Returns the module of all PrimFuncs and, per check, its function and kernel."""
+    BuiltFor.target = target
     cases = [case for case in all_cases() if not only or any(part in case.name for part in only)]
     names = symbols(cases)
     functions: dict[str, object] = {}

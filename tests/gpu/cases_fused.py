@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from cases import Arguments, BuiltFor, KernelCase, mean_error, poisoned
 
-from gptq_compile.kernels.layouts import layout_for
+from gptq_compile.kernels.layouts import layout_for, reads_natural
 from gptq_compile.kernels.registry import Case
 from gptq_compile.kernels.words import Grouping
 
@@ -27,6 +27,11 @@ _ACTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def cases() -> list[KernelCase]:
+    """All of them."""
+    return made_inputs() + several_rows(reads_natural(BuiltFor.target))
+
+
+def made_inputs() -> list[KernelCase]:
     """Every kind of input, with 2 to 8 bits, one and several rows, short last groups and odd sizes."""
     found = []
     shapes = [
@@ -67,13 +72,33 @@ def cases() -> list[KernelCase]:
     return found
 
 
-def _case(label, bits, group, k, n, rows, attrs, has_zeros, residual) -> KernelCase:
+def several_rows(natural: bool) -> list[KernelCase]:
+    """Results that are added to a stream or gated: 4 to 16 rows, with weights in natural order any number of them."""
+    found = []
+    shapes = [
+        # bits, group, K, N, rows
+        (4, 128, 576, 72, 8), (4, 128, 264, 80, 13), (3, 64, 200, 48, 5), (2, 32, 416, 96, 11), (8, -1, 384, 64, 16),
+        (4, 128, 4096, 6144, 16), (4, 128, 4096, 28672, 8), (4, 128, 14336, 4096, 4), (4, 128, 14336, 4096, 8),
+        (4, 128, 14336, 4096, 16), (3, 128, 14336, 1056, 8), (4, 128, 256, 320, 17), (4, 64, 576, 416, 70),
+        (3, 128, 4096, 6144, 257),
+    ]  # fmt: skip
+    for i, (bits, group, k, n, rows) in enumerate(shapes):
+        for label, attrs in (("added", {}), ("gates", {"out_act": "silu"})):
+            if (attrs and n % 32) or (rows > 16 and not natural):
+                continue
+            zeros = (i + bool(attrs)) % 2 == 0
+            found.append(_case(label, bits, group, k, n, rows, attrs, zeros, residual=not attrs, symbolic=rows > 16))
+    return found
+
+
+def _case(label, bits, group, k, n, rows, attrs, has_zeros, residual, symbolic=False) -> KernelCase:
     attrs = dict(attrs)
     gated = attrs.get("input") == "gated"
     if gated:
         attrs |= {"width": 2 * k + 16, "at": 8, "up_width": 2 * k + 16, "up_at": k + 16}
     case = Case.make(
-        "fused_linear", "float16", rows, in_features=k, out_features=n, bits=bits, group_size=group,
+        "fused_linear", "float16", None if symbolic else rows,
+        in_features=k, out_features=n, bits=bits, group_size=group,
         has_zeros=has_zeros, has_bias=k % 3 == 0, has_residual=residual,
         out_dtype="float32" if residual else "float16", **attrs,
     )  # fmt: skip
@@ -96,7 +121,7 @@ def _case(label, bits, group, k, n, rows, attrs, has_zeros, residual) -> KernelC
             found.append(rng.normal(size=n).astype(np.float16))
         if residual:
             found.append(rng.normal(size=(rows, n)).astype(np.float32))
-        return [*found, poisoned((rows, n), case["out_dtype"])]
+        return [*found, poisoned((rows, n // 2 if "out_act" in attrs else n), case["out_dtype"])]
 
     def check(before: Arguments, after: Arguments) -> tuple[bool, str]:
         return mean_error(after[-1], _expected(case, grouping, before))
@@ -131,6 +156,9 @@ def _expected(case: Case, grouping: Grouping, arguments: Arguments) -> np.ndarra
     out = x @ (scales.astype(np.float64)[:, group] * (codes - zero[:, group])).T
     if case["has_bias"]:
         out = out + left.pop(0).astype(np.float64)
+    if case.get("out_act"):
+        half = case["out_features"] // 2
+        out = _ACTS[case["out_act"]](out[:, :half]) * out[:, half:]
     if case.get("has_residual"):
         out = out + left.pop(0).astype(np.float64)
     return out

@@ -126,28 +126,17 @@ static half2 __hfma2(half2 a, half2 b, half2 c) {
 template <typename A, typename B> static auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
 template <typename A, typename B> static auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
 
-static float emu_values[128][32];
-static float __shfl_xor_sync(unsigned, float v, int mask) {
-  int warp = emu_current / 32, lane = emu_current % 32;
-  emu_values[warp][lane] = v;
-  emu_warp_wait();
-  float other = emu_values[warp][lane ^ mask];
-  emu_warp_wait();
-  return other;
-}
-
-static int emu_integers[128][32];
-static int __shfl_sync(unsigned, int v, int from) {
+template <typename T> static T __shfl_sync(unsigned, T v, int from) {
   int warp = emu_current / 32;
-  emu_integers[warp][emu_current % 32] = v;
+  static T values[128][32];
+  values[warp][emu_current % 32] = v;
   emu_warp_wait();
-  int other = emu_integers[warp][from];
+  T other = values[warp][from];
   emu_warp_wait();
   return other;
 }
-static int __shfl_xor_sync(unsigned mask, int v, int with) { return __shfl_sync(mask, v, emu_current % 32 ^ with); }
-static unsigned __shfl_xor_sync(unsigned mask, unsigned v, int with) {
-  return unsigned(__shfl_xor_sync(mask, int(v), with));
+template <typename T> static T __shfl_xor_sync(unsigned mask, T v, int other) {
+  return __shfl_sync(mask, v, emu_current % 32 ^ other);
 }
 static unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
   const uint64_t bytes = low | uint64_t(high) << 32;
@@ -241,6 +230,10 @@ static void gq_cluster_barrier() { emu_wait(emu_arrived_cluster, emu_generation_
 static float gq_remote(const float* p, int rank) {
   if (rank < 0 || rank >= emu_cluster) emu_fail("another block's shared memory is read beyond the cluster");
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + (rank - emu_rank()) * emu_dynamic_bytes);
+}
+static void gq_store_remote(float* p, int rank, float v) {
+  if (rank < 0 || rank >= emu_cluster) emu_fail("another block's shared memory is written beyond the cluster");
+  *reinterpret_cast<float*>(reinterpret_cast<char*>(p) + (rank - emu_rank()) * emu_dynamic_bytes) = v;
 }
 static void gq_let_next_start() {}
 static void gq_wait_for_previous() {}

@@ -17,6 +17,7 @@ import cuda_emulator
 from cases import BuiltFor
 
 from gptq_compile.errors import NoKernelError
+from gptq_compile.kernels.cuda import stationary, stationary_linear, tile_linear, wgmma_choice, wgmma_linear
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
 from tests.kernels.op_runner import needs_gxx
@@ -24,7 +25,10 @@ from tests.kernels.op_runner import needs_gxx
 HOPPER = Target.parse("cuda:sm_90")
 OLDER = Target.parse("cuda:sm_80,sm_90")
 ALONE = Target.parse("cuda:sm_90a")  # packs weights in another order
-SMALL = [c for c in cases_fused.cases() if c.case["in_features"] * c.case["out_features"] * (c.case.rows or 1) < 60000]
+SEVERAL = [c for c in cases_fused.several_rows(True) if c.case["in_features"] * c.case["out_features"] < 90000]
+SMALL = [
+    c for c in cases_fused.made_inputs() if c.case["in_features"] * c.case["out_features"] * (c.case.rows or 1) < 60000
+]
 
 
 @needs_gxx
@@ -40,6 +44,56 @@ def test_fused_linear_matches_float64(
     after = [a.copy() for a in before]
     names = [p.name.removesuffix("_ptr") for p in func.params]
     cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), check.case.rows or 0, tmp_path)
+    passed, said = check.check(before, after)
+    assert passed, said
+
+
+@needs_gxx
+@pytest.mark.parametrize("check", SEVERAL, ids=[c.name for c in SEVERAL])
+def test_several_rows_match_float64(
+    check: cases_fused.KernelCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = int(check.name.rsplit("_m", 1)[1])
+    target = HOPPER if rows % 2 and rows <= 16 else ALONE
+    monkeypatch.setattr(BuiltFor, "target", target)
+    # Fewer blocks than there are tiles, so that each of them takes several.
+    monkeypatch.setattr(stationary, "AT_ONCE", {1: 3, 2: 2, 4: 1})
+    kernel = select(check.case, target).kernel
+    assert kernel.name == f"cuda.fused_linear.{'wgmma' if check.case.rows is None else 'stationary'}"
+    if check.case.rows is None:  # one of its kernels
+        plan = [(None, wgmma_choice.best(tile_linear.shape_of(check.case), rows))]
+        func = wgmma_linear.build(check.case, target, plan)
+    else:
+        func = kernel.prim_func(check.case, target)
+    before = check.make_inputs(np.random.default_rng(0))
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), rows, tmp_path)
+    passed, said = check.check(before, after)
+    assert passed, said
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("config", "act", "shares"),
+    [
+        (stationary.Config(2, 1, 2, 3), "", 1 << 16), (stationary.Config(1, 2, 2, 3, 2), "silu", 4096),
+        (stationary.Config(1, 1, 4, 4, 3, False), "", 2048),
+    ],
+)  # fmt: skip
+def test_blocks_that_share_k_match_float64(
+    config: stationary.Config, act: str, shares: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BuiltFor, "target", ALONE)
+    monkeypatch.setattr(stationary, "AT_ONCE", {1: 2, 2: 2, 4: 1})
+    monkeypatch.setattr(stationary, "SHARE_BYTES", shares)
+    attrs = {"out_act": act} if act else {}
+    check = cases_fused._case("shared", 4, 128, 512, 224, 13, attrs, True, residual=not act)
+    func = stationary_linear.build(check.case, ALONE, config)
+    before = check.make_inputs(np.random.default_rng(0))
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, ALONE, dict(zip(names, after, strict=True)), 13, tmp_path)
     passed, said = check.check(before, after)
     assert passed, said
 

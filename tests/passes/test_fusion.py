@@ -7,6 +7,7 @@ import collections
 import functools
 
 import pytest
+import torch
 
 from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
@@ -20,7 +21,7 @@ from gptq_compile.passes.pipeline import lowering_passes, trace_passes
 from gptq_compile.passes.program import ParamStore, Program
 from tests.architectures import tiny_config, tiny_model
 
-HOPPER, OLDER, CPU = (Target.parse(t) for t in ("cuda:sm_90", "cuda:sm_80", "cpu"))
+HOPPER, ALONE, OLDER, CPU = (Target.parse(t) for t in ("cuda:sm_90", "cuda:sm_90a", "cuda:sm_80", "cpu"))
 
 
 @functools.cache
@@ -36,11 +37,11 @@ def _program(name: str, target: Target) -> Program:
     return program
 
 
-def _calls(name: str, target: Target, entry: str) -> collections.Counter[str]:
+def _calls(name: str, target: Target, entry: str, batch: int = 1) -> collections.Counter[str]:
     """Kernel -> launches of one call of an entry."""
     from gptq_compile.kernels.tvm_env import relax, tvm
 
-    module = lower_to_relax(_program(name, target), target, [1], sampling=False).module
+    module = lower_to_relax(_program(name, target), target, [batch], sampling=False).module
     with target.tvm():
         module = tvm.transform.Sequential(relax_passes(target)[:11])(module)
     counts: collections.Counter[str] = collections.Counter()
@@ -67,6 +68,29 @@ def test_prefill_reads_the_factors_of_a_gate_where_they_are():
     counts = _calls("llama", HOPPER, "forward")
     assert counts["gated_act_kernel"] == 2 and counts["quant_linear_kernel"] == 2 * 4
     assert counts["fused_linear_kernel"] == counts["decode_attention_kernel"] == 0
+
+
+@pytest.mark.parametrize(("entry", "batch"), [("forward", 1), ("decode_32", 32)])
+def test_many_rows_are_gated_and_added_where_they_are_multiplied(entry, batch):
+    counts = _calls("llama", ALONE, entry, batch)
+    # The output of attention and of the MLP are added to the stream; gate and up come out multiplied.
+    assert counts["fused_linear_kernel"] == 2 * 3 and counts["quant_linear_kernel"] == 2
+    assert counts["gated_act_kernel"] == 0 and counts["rms_norm_kernel"] == 2 * 2 + 1
+
+
+def test_a_gate_that_something_else_reads_is_stored():
+    program = _program("llama", ALONE)
+    gated = next(n for n in program.graph.nodes if "gated_act" in n.name)
+    product = fusion.stretch(gated.args[0])[0]
+    linear = next(n for n in program.graph.nodes if "packed_linear" in n.name and fusion._gates(n) is gated)
+    assert product in (linear, *linear.users)
+    with program.graph.inserting_after(gated):
+        other = program.graph.call_function(torch.ops.aten.relu.default, (gated.args[0],))
+    try:
+        assert fusion._gates(linear) is None
+    finally:
+        program.graph.erase_node(other)
+    assert fusion._gates(linear) is gated
 
 
 def test_older_targets_keep_what_they_have_no_kernel_for():

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel over tiles for some rows of activations, which stay in registers while all weights pass by.
+
+Every warp of a block has a stretch of K for its own, the same for all tiles: the fragments of its activations are made
+once and never stored. What is read from shared memory again and again by `stream`, four times the bytes of the weights
+at 16 rows, is not read here at all. Warps add up a tile through shared memory, one barrier a tile. Where K is longer
+than the registers of a block, the blocks of a cluster share it, and send what they have of a tile to the one
+among them that is to store it.
+
+Rings of weights, codes as subnormal halves and exact sums are those of `stream`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gptq_compile.kernels import fragments
+from gptq_compile.kernels.cuda import stationary_body, stream, stream_input, tile_source
+from gptq_compile.kernels.cuda.stream import Shape
+
+MAX_ROWS = 16
+LONG = 8192
+"""Features from which on two rows are enough to be faster than `stream`, with fewer features four."""
+MOST_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 6: 11, 8: 8}
+"""Fragments of 128 k x 8 rows that a warp keeps, 16 registers a lane each -> warps for which the registers suffice."""
+SHARE_BYTES = 64 << 10
+"""Of sums that a block is sent by the others of its cluster before it stores them."""
+MANY_TILES = 8
+"""Tiles of a block from which on half of its rings is filled before activations are requested."""
+AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30}
+"""Blocks of a cluster -> clusters that an H200 runs at once, one block a multiprocessor (as CUDA reports them)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel divides its work.
+
+    Attributes:
+        warps: W, which share the K of a block.
+        units: U, units of 128 k of each.
+        splits: C, blocks of a cluster, which share K.
+        depth: D, slots of a warp's ring.
+        early: slots that are filled before activations are requested, which wait behind them.
+        in_turn: warps fill the rest of their rings side by side, slot by slot, and not each by itself.
+    """
+
+    warps: int
+    units: int
+    splits: int
+    depth: int
+    early: int = 1
+    in_turn: bool = True
+
+
+def slot_bytes(shape: Shape, config: Config) -> int:
+    """Returns the bytes of one ring slot: a warp's weights, scales and zero points of a tile."""
+    return stream.slot_bytes(shape, stream.Config(1, 1, 1, 1, config.units))
+
+
+def clusters(shape: Shape, config: Config) -> int:
+    """Returns how many clusters are launched."""
+    return min(AT_ONCE[config.splits], shape.row_tiles // shape.halves)
+
+
+def shared_bytes(shape: Shape, config: Config) -> int:
+    """Returns the shared memory of a block: rings, sums of every warp for two tiles, those that other blocks send."""
+    rows = -(-shape.rows // 8) * 8
+    partial = 2 * config.warps * 16 * (rows + 2) * 4
+    shares = shared_turns(shape, config) * 16 * shape.rows * 4 if config.splits > 1 else 0
+    return config.warps * config.depth * slot_bytes(shape, config) + partial + shares
+
+
+def shared_turns(shape: Shape, config: Config) -> int:
+    """Returns the tiles that the blocks of a cluster add up at a time: the same number for each of them to store."""
+    all_tiles = -(-(shape.row_tiles // shape.halves) // clusters(shape, config))
+    most = max(SHARE_BYTES // (64 * shape.rows * shape.halves * config.splits), 1)
+    return min(-(-all_tiles // config.splits), most) * config.splits * shape.halves
+
+
+def launch_bytes(shape: Shape, config: Config, archs: tuple[str, ...]) -> int:
+    """Returns the shared memory that a launch asks for (see `stream.launch_bytes`)."""
+    return max(shared_bytes(shape, config), stream.alone_bytes(archs) if shape.dependent else 0)
+
+
+def divisions(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Iterator[Config]:
+    """Yields the divisions that fit, with as deep rings as fit; with clusters of more than one block if `sharing`."""
+    limit = min(stream.limits(archs)) - stream.RESERVED
+    columns = -(-shape.rows // 8)
+    for splits in AT_ONCE if sharing else (1,):
+        share = -(-shape.units // splits)
+        for units in (1, 2, 3, 4):
+            warps = -(-share // units)
+            if warps > MOST_WARPS.get(units * columns, 0) or (warps < 4 and units > 1):
+                continue
+            for depth in (6, 5, 4, 3, 2):
+                config = Config(warps, units, splits, depth)
+                if shared_bytes(shape, config) <= limit:
+                    yield config
+                    break
+
+
+def choose(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Config | None:
+    """Returns the division that is taken, or None if nothing fits.
+
+    As few blocks share K as the registers allow, and as few warps, from seven on: they cost a barrier and sums. Rings
+    of more than three slots are filled slot by slot. Measured on an H200 with 4 bits (benchmarks/RESULTS.md).
+    """
+    found = [config for config in divisions(shape, archs, sharing) if config.depth >= 3]
+    if not found:
+        return None
+    splits = min(config.splits for config in found)
+    fitting = sorted((config for config in found if config.splits == splits), key=lambda config: config.warps)
+    taken = next((config for config in fitting if config.warps >= 7), fitting[-1])
+    many = shape.row_tiles // shape.halves >= MANY_TILES * clusters(shape, taken)
+    early = taken.depth // 2 if many else 1
+    return dataclasses.replace(taken, early=early, in_turn=taken.depth > 3)
+
+
+def source(
+    name: str,
+    shape: Shape,
+    config: Config,
+    has_bias: bool,
+    out_type: str,
+    has_residual: bool = False,
+    natural: bool = False,
+) -> str:
+    """Returns CUDA text with ``name::run(x, q, scales, [zeros], [bias], [residual], out, shared)``."""
+    bits, grouping = shape.grouping.bits, shape.grouping
+    constants = {
+        "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
+        "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run, "TILES": shape.row_tiles,
+        "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
+        "W": config.warps, "U": config.units, "C": config.splits, "D": config.depth,
+        "CLUSTERS": clusters(shape, config), "SHARED_TURNS": shared_turns(shape, config),
+        "SLOT": slot_bytes(shape, config), "EARLY": min(config.early, config.depth - 1), "IN_TURN": int(config.in_turn),
+        "SETS": tile_source.sets(bits), "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
+        "LOW": 24 - tile_source.exponent(bits, 0), "HIGH": 24 - tile_source.exponent(bits, 1),
+    }  # fmt: skip
+    text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
+    both = "gate += __half2float(bias[row]); r += __half2float(bias[OUTS + row]);"
+    values = {
+        "@TURN@": stationary_body.TURN_NATURAL if natural else "",
+        "@HAS_ZEROS@": str(shape.has_zeros).lower(),
+        "@ZEROS@": "const unsigned char* __restrict__ zeros, " if shape.has_zeros else "",
+        "@ZEROS_POINTER@": "zeros" if shape.has_zeros else "nullptr",
+        "@BIAS@": "const half* __restrict__ bias, " if has_bias else "",
+        "@ADD_BIAS@": "r += __half2float(bias[row]);" if has_bias else "",
+        "@ADD_BIAS_PAIR@": both if has_bias else "",
+        "@RESIDUAL@": "const float* __restrict__ residual, " if has_residual else "",
+        "@ADD_RESIDUAL_NEXT@": "added_next[n] = residual[(long long)m_out * OUTS + row];" if has_residual else "",
+        "@ADD_RESIDUAL@": "r += residual[(long long)m_out * OUTS + row];" if has_residual else "",
+        "@GATED@": str(bool(shape.act)).lower(),
+        "@ACT@": stream_input.ACTIVATIONS[shape.act] if shape.act else "v",
+        "@OUT@": out_type,
+        "@LET_NEXT_START@": "gq_let_next_start();" if shape.dependent else "",
+        "@WAIT_FOR_PREVIOUS@": "gq_wait_for_previous();" if shape.dependent else "",
+        "@CLUSTER_BARRIER@": "gq_cluster_barrier();" if config.splits > 1 else "",
+        "@FRAGMENTS@": f"gq_fragments{bits}",
+    }
+    body = stationary_body.BODY
+    for key, value in values.items():
+        body = body.replace(key, value)
+    head = tile_source.PTX + tile_source.COMMON + tile_source.fragments(bits)
+    # What is for clusters is named in code that is not compiled for one block.
+    head += (tile_source.LAUNCH if shape.dependent else "") + tile_source.CLUSTER
+    return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA text of the stationary kernel (see `stationary`, which fills in what stands between @ signs)."""
+
+from __future__ import annotations
+
+TURN_NATURAL = """        // Of four neighbouring pieces a lane multiplies the same word: four lanes turn 4 x 4 words.
+        const bool one = c % 2, two = c / 2;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const unsigned other = __shfl_xor_sync(0xffffffffu, one ? w[j] : w[j + 1], 1);
+          if (one) w[j] = other; else w[j + 1] = other;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const unsigned other = __shfl_xor_sync(0xffffffffu, two ? w[j] : w[j + 2], 2);
+          if (two) w[j] = other; else w[j + 2] = other;
+        }
+"""
+
+BODY = """
+constexpr int THREADS = W * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, COLUMNS = NT * 8 + 2;
+constexpr bool HAS_ZEROS = @HAS_ZEROS@, GATED = @GATED@;
+constexpr int OUTS = GATED ? N / 2 : N, SUPERS = GATED ? TILES / 2 : TILES;
+constexpr int TURN = U * BITS * 256, GRIDS = U * RUNS, SCALE_AT = TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
+constexpr int PER_BLOCK = (UNITS + C - 1) / C, PART = 16 * COLUMNS;
+constexpr int PARTIAL_AT = W * D * SLOT, RESULTS_AT = PARTIAL_AT + 2 * W * PART * 4;
+constexpr int ITEMS = 16 * NT * 8, KEPT = (ITEMS + THREADS - 1) / THREADS;
+constexpr int HALVES = GATED ? 2 : 1;
+
+__device__ __forceinline__ float activated(float v) { return @ACT@; }
+
+__device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* __restrict__ q,
+                                    const half* __restrict__ scales, @ZEROS@@BIAS@@RESIDUAL@@OUT@* __restrict__ out,
+                                    unsigned char* shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int rank = C == 1 ? 0 : blockIdx.x % C, cluster = blockIdx.x / C;
+  unsigned char* ring = shared + warp * D * SLOT;
+  float* partial = reinterpret_cast<float*>(shared + PARTIAL_AT);
+  float* results = reinterpret_cast<float*>(shared + RESULTS_AT);
+  const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
+  @LET_NEXT_START@
+
+  // The units of K that are this warp's for all tiles, and the tiles in the order in which this block takes them.
+  const int last = min(rank * PER_BLOCK + PER_BLOCK, UNITS), first = rank * PER_BLOCK + warp * U;
+  const int mine = max(min(last - first, U), 0);
+  const int turns = cluster < SUPERS ? HALVES * ((SUPERS - cluster + CLUSTERS - 1) / CLUSTERS) : 0;
+  auto super_of = [&](int turn) { return cluster + turn / HALVES * CLUSTERS; };
+  constexpr bool WHOLE = UNITS == C * W * U && CHUNKS % 2 == 0 && TURN % 512 == 0;
+  const int left = min(mine * 2, CHUNKS - 2 * first) * (BITS * 128);
+  const char* from = reinterpret_cast<const char*>(q) + (long long)first * (BITS * 256) + lane * 16;
+  // Of scales (lanes 0-15) or zero points.
+  constexpr int GRID_TURNS = (2 * GRIDS + 15) / 16;
+  const bool is_zero = HAS_ZEROS && lane >= 16;
+  int next = 0, slot = 0;
+  auto fetch = [&]() {
+    if (next < turns && (WHOLE || mine > 0)) {
+      unsigned char* to = ring + slot * SLOT;
+      const long long tile = super_of(next) + (GATED ? next % 2 * SUPERS : 0);
+      const char* weights = from + tile * (CHUNKS * BITS * 128);
+#pragma unroll
+      for (int at = 0; at < TURN; at += 512)
+        if (WHOLE || at + lane * 16 < left) gq_copy16(to + at + lane * 16, weights + at);
+#pragma unroll
+      for (int i = 0; i < GRID_TURNS; ++i) {
+        const int number = is_zero ? i * 16 + lane - 16 : i * 8 + lane % 16 / 2;
+        const int code = first * 128 + number * RUN;
+        const int group = GROUPS == 1 ? 0 : code / GROUP < GROUPS ? code / GROUP : GROUPS - 1;
+        const char* grid = is_zero ? reinterpret_cast<const char*>(zero_points) + (tile * GROUPS + group) * 16
+                                   : (const char*)scales + (tile * GROUPS + group) * 32 + lane % 2 * 16;
+        if (number < GRIDS && (HAS_ZEROS || lane < 16))
+          gq_copy16(to + (is_zero ? ZERO_AT + number * 16 : SCALE_AT + i * 256 + lane * 16), grid);
+      }
+    }
+    ++next;
+    gq_commit();
+    slot = slot + 1 == D ? 0 : slot + 1;
+  };
+#pragma unroll
+  for (int i = 0; i < EARLY; ++i) fetch();
+
+  // Activations as fragments, and their sums over groups for the two columns whose results this lane has.
+  @WAIT_FOR_PREVIOUS@
+  unsigned b[U][NT][2][8];
+  float minus[U][NT][RUNS][2];
+  uint4 raw[U][NT][4];
+#pragma unroll
+  for (int y = 0; y < U; ++y)
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = t * 8 + g, k = (first + y) * 128 + i * 32 + 8 * c;
+        raw[y][t][i] = make_uint4(0u, 0u, 0u, 0u);
+        if (token < M && y < mine && k < K) raw[y][t][i] = gq_read16(x + (long long)token * K + k);
+      }
+  // Tile by tile, or the first warp's whole ring would come before the last warp's first slot.
+#pragma unroll
+  for (int i = EARLY; i < D - 1; ++i) {
+    if (IN_TURN) __syncthreads();
+    fetch();
+  }
+#pragma unroll
+  for (int y = 0; y < U; ++y)
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+      float sums[RUNS] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4 v = raw[y][t][i];
+        unsigned w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) { float2 f = gq_floats(w[j]); sums[i * RUNS / 4] += f.x + f.y; }
+@TURN@        unsigned* to = b[y][t][i / 2] + i % 2 * 4;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[j] = w[j];
+      }
+#pragma unroll
+      for (int run = 0; run < RUNS; ++run) {
+        float s = sums[run];
+        s += __shfl_xor_sync(0xffffffffu, s, 1);
+        s += __shfl_xor_sync(0xffffffffu, s, 2);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          minus[y][t][run][i] = __shfl_sync(0xffffffffu, s, (2 * c + i) * 4) * (HAS_ZEROS ? 1.f : float(ZERO));
+      }
+    }
+  @CLUSTER_BARRIER@
+
+  int use = 0, parity = 0, turn = 0, begin = 0;
+  float gates[GATED ? KEPT : 1], added[KEPT], added_next[KEPT];
+  // Adds up what the warps have of a tile, an element a thread. The up row's thread kept its gate the turn before.
+  auto add_up = [&](int turn, bool there) {
+#pragma unroll
+    for (int n = 0; n < KEPT; ++n) {
+      const int j = threadIdx.x + n * THREADS, m_out = j / 16, row = super_of(turn) * 16 + j % 16;
+      if (ITEMS % THREADS && j >= ITEMS) continue;
+      const float* p = partial + parity * W * PART + j % 16 * COLUMNS + m_out;
+      float r = 0.f;
+#pragma unroll
+      for (int w = 0; w < W; ++w) r += p[w * PART];
+      const bool wanted = there && (M % 8 == 0 || m_out < M) && (OUTS % 16 == 0 || row < OUTS);
+      if constexpr (C > 1) {
+        // To the block that stores this tile.
+        const int at = ((turn - begin) / HALVES / C * C + rank) * HALVES + (GATED ? turn % 2 : 0);
+        if (wanted) gq_store_remote(results + at * (16 * M) + j, turn / HALVES % C, r);
+      } else if (GATED) {
+        float gate = gates[GATED ? n : 0];
+        if (turn % 2 == 0) gates[GATED ? n : 0] = r;
+        if (wanted && turn % 2) {
+          @ADD_BIAS_PAIR@
+          r = r * activated(gate) + added[n];
+          out[(long long)m_out * OUTS + row] = (@OUT@)r;
+        }
+      } else if (wanted) {
+        @ADD_BIAS@
+        r += added[n];
+        out[(long long)m_out * OUTS + row] = (@OUT@)r;
+      }
+    }
+  };
+  // Blocks of a cluster keep what they are sent until it is the sum of all, for SHARED_TURNS turns at a time.
+#pragma unroll 1
+  for (; begin < turns; begin = turn) {
+#pragma unroll 1
+  for (; turn < (C > 1 ? min(begin + SHARED_TURNS, turns) : turns); ++turn) {
+#pragma unroll
+    for (int n = 0; n < KEPT; ++n) {
+      added[n] = added_next[n];
+      added_next[n] = 0.f;
+      const int j = threadIdx.x + n * THREADS, m_out = j / 16, row = super_of(turn) * 16 + j % 16;
+      const bool wanted = m_out < M && row < OUTS && C == 1;
+      if (wanted) { @ADD_RESIDUAL_NEXT@ }
+    }
+    float total[NT][4] = {};
+    gq_wait<D - 2>();
+    __syncwarp();
+    const unsigned char* data = ring + use * SLOT;
+    use = use + 1 == D ? 0 : use + 1;
+    // Into the slot of the turn before, which every lane has read before the barrier above.
+    fetch();
+#pragma unroll
+    for (int y = 0; y < U; ++y) {
+      if (!WHOLE && y >= mine) continue;
+      float sum[RUNS][SETS][NT][4] = {};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        unsigned words[BITS], a[4][4];
+        gq_words<BITS, true>(words, reinterpret_cast<const unsigned*>(data + (2 * y + h) * BITS * 128), lane);
+        @FRAGMENTS@(a, words);
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+#pragma unroll
+          for (int t = 0; t < NT; ++t)
+            gq_mma4(sum[(2 * h + step / 2) * RUNS / 4][SETS == 2 ? step % 2 : 0][t], a[step],
+                    b[y][t][h][2 * step], b[y][t][h][2 * step + 1]);
+      }
+#pragma unroll
+      for (int run = 0; run < RUNS; ++run) {
+        const int at = y * RUNS + run;
+        const float2 factor = gq_floats(*reinterpret_cast<const unsigned*>(data + SCALE_AT + at * 32 + g * 4));
+        // Everything but the scale is in units of 2^-LOW and 2^-HIGH.
+        const unsigned pair = HAS_ZEROS ? *(const unsigned short*)(data + ZERO_AT + at * 16 + g * 2) : 257u;
+        const float zero_low = (HAS_ZEROS ? float(pair & 255u) : 1.f) * (1.f / (1 << LOW));
+        const float zero_high = (HAS_ZEROS ? float(pair >> 8) : 1.f) * (1.f / (1 << HIGH));
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float v = sum[run][0][t][i];
+            if (SETS == 2) v += sum[run][SETS - 1][t][i] * (1.f / (1 << SECOND));
+            v -= (i < 2 ? zero_low : zero_high) * minus[y][t][run][i % 2];
+            total[t][i] += v * (i < 2 ? factor.x : factor.y);
+          }
+      }
+    }
+    // The tile before is added up here, so that its loads pass while this one is multiplied.
+    add_up(turn - 1, turn > begin);
+    parity ^= 1;
+    float* own = partial + (parity * W + warp) * PART + g * COLUMNS + 2 * c;
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float power = float(1 << (i < 2 ? LOW : HIGH));
+        const float2 v = make_float2(total[t][i] * power, total[t][i + 1] * power);
+        *reinterpret_cast<float2*>(own + i * 4 * COLUMNS + t * 8) = v;
+      }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int n = 0; n < KEPT; ++n) added[n] = added_next[n];
+  add_up(turn - 1, true);
+  if constexpr (C > 1) {
+    gq_cluster_barrier();
+#pragma unroll 1
+    for (int j = threadIdx.x; ; j += THREADS) {
+      const int share = j / (16 * M) * C + rank, first_turn = begin + share * HALVES;
+      if (first_turn >= turn) break;
+      const int row = super_of(first_turn) * 16 + j % 16, m_out = j / 16 % M;
+      if (row >= OUTS) continue;
+      const float* p = results + share / C * C * HALVES * (16 * M) + j % (16 * M);
+      float r = 0.f, gate = 0.f;
+#pragma unroll
+      for (int block = 0; block < C; ++block) {
+        if (GATED) gate += p[block * HALVES * (16 * M)];
+        r += p[(block * HALVES + HALVES - 1) * (16 * M)];
+      }
+      if (GATED) {
+        @ADD_BIAS_PAIR@
+        r *= activated(gate);
+      } else {
+        @ADD_BIAS@
+      }
+      @ADD_RESIDUAL@
+      out[(long long)m_out * OUTS + row] = (@OUT@)r;
+    }
+    if (turn < turns) gq_cluster_barrier();
+  }
+  }
+}
+"""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PrimFuncs of `stationary`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from gptq_compile.kernels.cuda import launch, stationary, tile_linear
+from gptq_compile.kernels.layouts import NATURAL_TILES, layout_for
+from gptq_compile.kernels.registry import Case, Refusal
+from gptq_compile.kernels.script import Function, script
+from gptq_compile.kernels.target import Target
+
+
+def accepts(case: Case, target: Target) -> Refusal | None:
+    """Refuses other layouts and types, many or symbolic rows, activations to be made, and long K without clusters."""
+    refusal = tile_linear.accepts_half(case, target)
+    if refusal is not None:
+        return refusal
+    if case.rows is None or case.rows > stationary.MAX_ROWS:
+        return Refusal(f"is for 1 to {stationary.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
+    few = 2 if case["in_features"] >= stationary.LONG else 4
+    if case.rows <= few and not case.get("out_act"):
+        return Refusal(f"is slower than stream up to {few} rows of {case['in_features']}")
+    refusal = tile_linear.refuse_made(case)
+    if refusal is not None:
+        return refusal
+    shape = tile_linear.shape_of(case)
+    if stationary.choose(shape, target.archs, launch.supported(target)) is None:
+        return Refusal(f"{case.rows} rows of {case['in_features']} are more than the registers of a cluster hold")
+    return None
+
+
+def build(case: Case, target: Target, config: stationary.Config | None = None) -> Any:
+    """Builds the kernel, divided as `config` says or as `stationary.choose` does."""
+    ir = script()
+    shape = tile_linear.shape_of(case, launch.supported(target))
+    config = config or stationary.choose(shape, target.archs, launch.supported(target))
+    assert config is not None
+    name = tile_linear.name_of("stationary", case, target, config)
+    out_type = tile_linear.C_TYPES[case.get("out_dtype", case.dtype)]
+    natural = layout_for(case, target) == NATURAL_TILES
+    text = stationary.source(
+        name, shape, config, bool(case["has_bias"]), out_type, bool(case.get("has_residual")), natural
+    )
+
+    with Function(case.op) as f, contextlib.ExitStack() as stack:
+        tensors = tile_linear.tensors_of(f, case, target)
+        stack.enter_context(ir.launch_thread("blockIdx.x", stationary.clusters(shape, config) * config.splits))
+        if config.splits > 1:
+            stack.enter_context(ir.launch_thread("clusterCtaIdx.x", config.splits))
+        stack.enter_context(ir.launch_thread("threadIdx.x", 32 * config.warps))
+        # Told that there is one block, ptxas gives threads more registers.
+        stack.enter_context(ir.attr(ir.int32(0), "tirx.launch_bounds_min_blocks_per_sm", 1))
+        shared = ir.alloc_buffer((stationary.launch_bytes(shape, config, target.archs),), "uint8", scope="shared.dyn")
+        tile_linear.run(name, text, tensors, shared.access_ptr("rw"))
+    return launch.dependent(f.result()) if shape.dependent else f.result()
