@@ -22,6 +22,7 @@ from gptq_compile.kernels.cuda import (
     pipeline_choice,
     pipeline_linear,
     quant_linear,
+    stationary,
     stream,
     tile_linear,
     warp,
@@ -89,10 +90,10 @@ def _run_quant(
         pytest.param(4, 8, 256, 2065, 1, False, "tiles_mma", marks=pytest.mark.slow),
         (3, 7, 50, 5, 6, False, "plain"),
         (4, 128, 256, 37, 1, True, "stream"),
-        (4, 64, 1088, 18, 8, True, "stream"),
-        (3, 32, 160, 37, 9, True, "stream"),
-        (2, 96, 264, 33, 16, True, "stream"),
-        (8, -1, 136, 19, 5, True, "stream"),
+        (4, 64, 1088, 18, 8, True, "stationary"),
+        (3, 32, 160, 37, 9, True, "stationary"),
+        (2, 96, 264, 33, 16, True, "stationary"),
+        (8, -1, 136, 19, 5, True, "stationary"),
         (4, 128, 576, 40, 17, True, "pipeline"),
         (3, 32, 160, 37, 70, False, "pipeline"),
         (2, 64, 200, 21, 1, False, "pipeline"),
@@ -111,11 +112,11 @@ def test_quant_linear_matches_float64(bits, group, k, n, rows, static, kernel, t
 @pytest.mark.parametrize(
     ("bits", "group", "k", "n", "rows", "kernel"),
     [
-        (4, 128, 256, 40, 9, "wgmma"),
+        (4, 128, 256, 40, 17, "wgmma"),
         (3, 32, 160, 37, 33, "wgmma"),
-        (2, 96, 264, 33, 16, "wgmma"),
-        (8, -1, 136, 19, 5, "stream"),
-        (3, 32, 328, 37, 7, "stream"),
+        (2, 96, 264, 33, 16, "stationary"),
+        (8, -1, 136, 19, 4, "stream"),
+        (3, 32, 328, 37, 7, "stationary"),
         pytest.param(4, 256, 584, 297, 40, "wgmma", marks=pytest.mark.slow),
         pytest.param(8, -1, 136, 19, 64, "wgmma", marks=pytest.mark.slow),
         pytest.param(4, 64, 328, 139, 140, "wgmma", marks=pytest.mark.slow),
@@ -162,6 +163,7 @@ def test_a_block_takes_tile_after_tile(bits, group, rows, config, tmp_path, monk
     # One block for 19 tiles: several side by side, several rounds, an odd tile at the end, and half a turn of K.
     monkeypatch.setattr(stream, "BLOCKS", 1)
     monkeypatch.setattr(stream, "choose", lambda shape, archs: config)
+    monkeypatch.setattr(stationary, "MAX_ROWS", 0)
     error, name = _run_quant(_quant_case(bits, group, 328, 297, rows), rows, tmp_path)
     assert name == "cuda.quant_linear.stream"
     assert error < 1e-3
@@ -344,7 +346,9 @@ def test_refusals_are_words():
     reasons = dict(select(case, CUDA, quant_linear.KERNELS).refused)
     tiles = "is for whole tiles and needs in_features to be a multiple of 8, not 100"
     assert reasons == {
-        **dict.fromkeys([f"cuda.quant_linear.{name}" for name in ("stream", "pipeline", "plain_tiles")], tiles),
+        **dict.fromkeys(
+            [f"cuda.quant_linear.{name}" for name in ("stationary", "stream", "pipeline", "plain_tiles")], tiles
+        ),
         **HOPPER_ALONE,
         "cuda.quant_linear.decode_mma": "needs groups of whole units of 8 codes, not 20",
         "cuda.quant_linear.tiles_mma": "needs groups of whole units of 8 codes, not 20",
@@ -355,13 +359,20 @@ def test_refusals_are_words():
         "is for whole tiles and needs groups of a multiple of 32 codes, not 16"
     )
     reasons = dict(select(_quant_case(4, 32, 64, 8, None), CUDA, quant_linear.KERNELS).refused)
-    symbolic = {"cuda.quant_linear.stream": "is for 1 to 16 rows known at compile time, not symbolic"}
+    few = [f"cuda.quant_linear.{name}" for name in ("stationary", "stream")]
+    symbolic = dict.fromkeys(few, "is for 1 to 16 rows known at compile time, not symbolic")
     assert reasons == symbolic | HOPPER_ALONE
     reasons = dict(select(_quant_case(4, 128, 14336, 4096, 16), CUDA, quant_linear.KERNELS).refused)
-    many = {"cuda.quant_linear.stream": "16 rows of 14336 do not fit in shared memory beside the weights"}
+    many = {
+        "cuda.quant_linear.stationary": "16 rows of 14336 are more than the registers of a cluster hold",
+        "cuda.quant_linear.stream": "16 rows of 14336 do not fit in shared memory beside the weights",
+    }
     assert reasons == many | HOPPER_ALONE
-    reasons = dict(select(_quant_case(4, 128, 4096, 4096, 9), HOPPER, quant_linear.KERNELS).refused)
-    assert reasons == {"cuda.quant_linear.stream": "is slower than wgmma from 9 rows on"}
+    reasons = dict(select(_quant_case(4, 128, 65536, 4096, 9), HOPPER, quant_linear.KERNELS).refused)
+    assert reasons["cuda.quant_linear.stream"] == "is slower than wgmma from 9 rows on"
+    for k, rows, slower in ((4096, 4, True), (4096, 5, False), (14336, 2, True), (14336, 3, False)):
+        selection = select(_quant_case(4, 128, k, 4096, rows), HOPPER, quant_linear.KERNELS)
+        assert selection.kernel.name == f"cuda.quant_linear.{'stream' if slower else 'stationary'}"
     reasons = dict(select(_quant_case(4, 128, 256, 8, 9, "float32"), HOPPER, quant_linear.KERNELS).refused)
     assert reasons["cuda.quant_linear.pipeline"] == "needs float16 activations, not float32"
 
@@ -406,3 +417,19 @@ def test_two_blocks_of_overlapping_launches_do_not_fit_on_a_multiprocessor(k, n,
     asked = stream.launch_bytes(overlapping, config, archs)
     assert 2 * (asked + 1024) > together * 1024 and asked < together * 1024
     assert stream.launch_bytes(apart, config, archs) == stream.shared_bytes(apart, config)
+
+
+@pytest.mark.parametrize("archs", [("sm_90",), ("sm_80", "sm_89", "sm_90"), ("sm_80",)])
+@pytest.mark.parametrize("rows", [3, 8, 16])
+@pytest.mark.parametrize(("k", "n"), [(4096, 28672), (14336, 4096), (576, 192), (64, 16), (49152, 12288)])
+def test_divisions_that_keep_activations_cover_k_and_fit(k, n, rows, archs):
+    limit = min({"sm_80": 163, "sm_89": 99, "sm_90": 227}[arch] for arch in archs) * 1024
+    for bits in (2, 3, 4, 8):
+        shape = stream.Shape(rows, n, Grouping.of(bits, k, 128), False)
+        for config in stationary.divisions(shape, archs, sharing="sm_80" not in archs):
+            assert config.splits * config.warps * config.units >= shape.units and config.warps <= 16
+            assert stationary.shared_bytes(shape, config) < limit
+        config = stationary.choose(shape, archs, sharing="sm_80" not in archs)
+        assert k > 4096 or archs != ("sm_90",) or config is not None
+        if config is not None:
+            assert config.depth >= 3 and 1 <= config.early < config.depth
