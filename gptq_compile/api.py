@@ -253,17 +253,19 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 for variant in target.variants
             ]
         with clock("build"):
-            # One step at a time is told, so only those of the first library.
-            steps = [progress.build_step, *[lambda _: None] * (len(lowered) - 1)]
+            names = ["", *(f" {variant.archs[0]}" for variant in target.variants[1:])]
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # code generation is not Python
                 built = list(
                     pool.map(
-                        lambda each, variant, on_step: build(
-                            each.module, variant, writer.place(library_name(target, variant)), on_step=on_step
+                        lambda each, variant, name: build(
+                            each.module,
+                            variant,
+                            writer.place(library_name(target, variant)),
+                            on_step=lambda step: progress.build_step(step, name),
                         ),
                         lowered,
                         target.variants,
-                        steps,
+                        names,
                     )
                 )
         with clock("write"):

@@ -37,7 +37,7 @@ class Choice:
     """Cases of one op for which the same kernel was taken for the same reasons.
 
     Attributes:
-        op: what is computed. ``kernel``: that computes it.
+        op: what is computed. ``kernel``: that computes it. ``on``: the processor, where libraries for several differ.
         cases: what exactly: shapes, types, rows.
         calls: entry -> how often it calls the kernel; empty for artifacts made before this was counted.
         refused: (kernel, why) of each faster one.
@@ -48,6 +48,12 @@ class Choice:
     cases: tuple[str, ...]
     calls: Mapping[str, int]
     refused: tuple[tuple[str, str], ...]
+    on: str = ""
+
+    @property
+    def name(self) -> str:
+        """The kernel, and the processor if it is for one of several."""
+        return f"{self.kernel} on {self.on}" if self.on else self.kernel
 
     @property
     def where(self) -> str:
@@ -157,7 +163,7 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
         layers=tuple(_layer(entry) for entry in _mapping(manifest.raw.get("quantization")).get("layers", [])),
         kernels={k: tuple(v) for k, v in kernels.items()},
         refused=refused,
-        choices=_choices(chosen_kernels),
+        choices=tuple(c for on, kernels_of in _libraries(manifest) for c in _choices(kernels_of, on)),
         together=_choices(
             {case: {"refused": why} for case, why in _mapping(manifest.raw.get("refused_together")).items()}
         ),
@@ -168,7 +174,7 @@ def inspect_artifact(folder: str | Path, verify: bool = False) -> Inspection:
     )
 
 
-def _choices(kernels: Any) -> tuple[Choice, ...]:
+def _choices(kernels: Any, on: str = "") -> tuple[Choice, ...]:
     """Cases of a section of the manifest, grouped by op, kernel and refusals; ops in the order of their first cases."""
     groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], tuple[list[str], Counter[str]]] = {}
     for case, value in _mapping(kernels).items():
@@ -178,7 +184,7 @@ def _choices(kernels: Any) -> tuple[Choice, ...]:
         cases, calls = groups.setdefault(key, ([], Counter()))
         cases.append(case)
         calls.update(_counts(choice.get("calls")))
-    found = [Choice(op, kernel, tuple(c), dict(n), refused) for (op, kernel, refused), (c, n) in groups.items()]
+    found = [Choice(op, kernel, tuple(c), dict(n), refused, on) for (op, kernel, refused), (c, n) in groups.items()]
     order = list(dict.fromkeys(choice.op for choice in found))
     return tuple(sorted(found, key=lambda choice: order.index(choice.op)))
 
@@ -197,11 +203,14 @@ def _pass(value: Any) -> PassTime:
 
 def _all_kernels(manifest: Manifest) -> dict[str, Any]:
     """Cases and what was chosen for them; where another library has another kernel, the case says for which."""
-    found = dict(_mapping(manifest.raw.get("kernels")))
-    for library in _list(manifest.raw.get("libraries")):
-        arch = _mapping(library).get("arch")
-        found |= {f"{k} on {arch}": v for k, v in _mapping(_mapping(library).get("kernels")).items()}
-    return found
+    return {f"{k} on {on}" if on else k: v for on, kernels in _libraries(manifest) for k, v in kernels.items()}
+
+
+def _libraries(manifest: Manifest) -> list[tuple[str, Mapping[str, Any]]]:
+    """(processor, what was chosen): first for all, then for each library what differs."""
+    others = [_mapping(library) for library in _list(manifest.raw.get("libraries"))]
+    different = [(str(x.get("arch")), _mapping(x.get("kernels"))) for x in others]
+    return [("", _mapping(manifest.raw.get("kernels"))), *different]
 
 
 def _part(name: str, libraries: set[str]) -> str:

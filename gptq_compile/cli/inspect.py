@@ -75,7 +75,7 @@ def _print(found: Inspection, shown: int, verified: bool) -> None:
     _table("", (), list(about.items()))
     _print_layers(found, shown)
     if found.choices:
-        chosen = [(c.op, c.kernel, c.where or "not counted", "\n".join(c.why)) for c in found.choices]
+        chosen = [(c.op, c.name, c.where or "not counted", "\n".join(c.why)) for c in found.choices]
         _table("kernels", ("op", "kernel", "calls", "faster ones that refused"), chosen)
     if found.together:
         _table("not computed together", ("op", "refused"), [(c.op, "\n".join(c.why)) for c in found.together])

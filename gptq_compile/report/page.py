@@ -251,7 +251,7 @@ def _passes(records: Sequence[PassRecord], run: Recorder) -> str:
 
 def _kernels(made: Inspection, build: Mapping[str, float]) -> str:
     heads = ["op", "kernel", "calls", "#cases", "faster ones that refused"]
-    rows = [[c.op, c.kernel, c.where, str(len(c.cases)), _sentences(c.why)] for c in made.choices]
+    rows = [[c.op, c.name, c.where, str(len(c.cases)), _sentences(c.why)] for c in made.choices]
     apart = [[c.op, str(len(c.cases)), _sentences(c.why)] for c in made.together]
     rest = [[op, counted(calls)] for op, calls in made.translated.items()]
     out = [

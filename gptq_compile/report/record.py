@@ -62,7 +62,7 @@ class Recorder:
         self.changes: list[tuple[str, ...]] = []
         self.texts: dict[str, list[str]] = {}
         self.build: dict[str, float] = {}
-        self._step: tuple[str, float] | None = None
+        self._steps: dict[str, tuple[str, float]] = {}  # library -> what is done for it, and since when
 
     def __enter__(self) -> Recorder:
         self._thread.start()
@@ -107,14 +107,15 @@ class Recorder:
         self.texts.setdefault("before", folded(before.splitlines()))
         self.texts["after"] = folded(after.splitlines())
 
-    def build_step(self, name: str | None) -> None:
-        """A step of the build starts; None after the last."""
-        self._trace.enter("build", name)
+    def build_step(self, name: str | None, library: str = "") -> None:
+        """A step of a build starts; None after the last. ``library`` is added to names where several are built."""
+        self._trace.enter(f"build{library}", name)
         now = time.perf_counter()
-        if self._step is not None:
-            last, began = self._step
+        if library in self._steps:
+            last, began = self._steps.pop(library)
             self.build[last] = self.build.get(last, 0.0) + now - began
-        self._step = None if name is None else (name, now)
+        if name is not None:
+            self._steps[library] = (f"{name}{library}", now)
 
     def _sample(self) -> None:
         every = _EVERY
