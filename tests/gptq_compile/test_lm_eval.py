@@ -47,7 +47,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = f"""
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder / "cache"}}}
 test_split: test
 """
     (folder / "choice.yaml").write_text(f"""
