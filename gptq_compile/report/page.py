@@ -48,7 +48,7 @@ figure { margin: .5rem 0; } svg { width: 100%; height: auto; } svg text { font-s
 .s0 { fill: var(--a); stroke: var(--a); color: var(--a); } .s1 { fill: var(--b); stroke: var(--b); color: var(--b); }
 .s2 { fill: var(--c); stroke: var(--c); color: var(--c); } polyline { fill: none !important; }
 .bars { font-size: .85rem; } .bars summary, .bars div { display: grid; column-gap: .8rem; align-items: center;
-  grid-template-columns: 12rem 1fr 4.5rem 23rem; padding: .2rem 0; border-bottom: 1px solid var(--line); }
+  grid-template-columns: 15rem 1fr 4.5rem 21rem; padding: .2rem 0; border-bottom: 1px solid var(--line); }
 .bars summary { cursor: pointer; } .bars summary > :first-child::before { content: "\\25B8 "; color: var(--soft); }
 .bars details[open] > summary > :first-child::before { content: "\\25BE "; }
 .bars div > :first-child { padding-left: .95em; } .bars > * > * { overflow-wrap: anywhere; }
@@ -265,7 +265,16 @@ def _kernels(made: Inspection, build: Mapping[str, float]) -> str:
     if rest:
         out.append('<h2>Ops that TVM makes kernels for</h2><p class="soft">They are fused with their neighbours.</p>')
         out.append(_wide(_table(["op", "times"], rest)))
-    return "".join((*out, "<h2>Steps of the build</h2>", _bars(Bar(n, s) for n, s in build.items())))
+    return "".join((*out, "<h2>Steps of the build</h2>", _steps(build)))
+
+
+def _steps(build: Mapping[str, float]) -> str:
+    """The steps of a build, the short ones together."""
+    short = [name for name, seconds in build.items() if seconds < 0.01 * sum(build.values())]
+    bars = [Bar(name, seconds) for name, seconds in build.items() if name not in short]
+    if short:
+        bars.append(Bar(f"{len(short)} others", sum(build[name] for name in short), ", ".join(short)))
+    return _bars(bars)
 
 
 def _sentences(parts: Iterable[str]) -> str:
