@@ -273,7 +273,8 @@ def _steps(build: Mapping[str, float]) -> str:
     short = [name for name, seconds in build.items() if seconds < 0.01 * sum(build.values())]
     bars = [Bar(name, seconds) for name, seconds in build.items() if name not in short]
     if short:
-        bars.append(Bar(f"{len(short)} others", sum(build[name] for name in short), ", ".join(short)))
+        lines = [f"{build[name]:6.2f} s  {name}" for name in short]
+        bars.append(Bar(f"{len(short)} others", sum(build[name] for name in short), "less than 1 % each", lines))
     return _bars(bars)
 
 
