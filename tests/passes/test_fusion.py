@@ -121,18 +121,17 @@ def test_heads_and_stretches_are_found_through_slices_and_reshapes():
     assert [rest for _, *rest in found] == [[192, 0, 48], [192, 16, 48], [192, 32, 48]]
 
 
-@pytest.mark.parametrize("target", [HOPPER, OLDER], ids=str)
-def test_what_is_told_is_what_is_lowered(target):
-    lowered = lower_to_relax(_program("llama", target), target, [1], sampling=False)
+def test_what_is_told_is_what_is_lowered():
+    lowered = lower_to_relax(_program("llama", OLDER), OLDER, [1], sampling=False)
     for entry in ("forward", "decode_1"):
         told: collections.Counter[str] = collections.Counter()
         for case, calls in lowered.calls.items():
             told[f"{case.partition('(')[0]}_kernel"] += calls[entry]
-        made = _calls("llama", target, entry)
+        made = _calls("llama", OLDER, entry)
         assert +told == {name: count for name, count in made.items() if name in told}
     assert lowered.calls.keys() == lowered.kernels.keys()
     assert lowered.translated["aten.embedding.default"] == {"forward": 1, "decode_1": 1}
     why = {case: refused for case, refused in lowered.apart.items() if case.startswith("decode_attention")}
-    assert bool(why) == (target == OLDER)
+    assert why
     for refused in why.values():
         assert "clusters" in refused["cuda.decode_attention"]
