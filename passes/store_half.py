@@ -31,7 +31,8 @@ class StoreHalf(Pass):
     tolerance = 1e-5  # what the matrices lose, amplified by the depth of the model
 
     def run(self, program: Program) -> bool:
-        params, found = program.params, {}
+        params = program.params
+        found: dict[str, list[Node]] = {}
         for node in program.param_nodes.values():  # tied ones are one matrix
             found.setdefault(params.canonical(node.meta["param"]), []).append(node)
         halved = []
