@@ -92,7 +92,8 @@ def test_many_threads_write_one_file(tmp_path: pathlib.Path) -> None:
 def test_the_file_is_whole_however_the_program_ends(tmp_path: pathlib.Path, how: signal.Signals) -> None:
     path = tmp_path / "trace.json"
     code = (
-        "import sys, itertools\nfrom gptq_compile.runtime.trace import Trace\n"
+        "import sys, itertools, signal\nfrom gptq_compile.runtime.trace import Trace\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell ignore it
         "with Trace(sys.argv[1]) as trace:\n"
         "    trace.enter('whole', 'run')\n"
         "    for i in itertools.count():\n"

@@ -97,14 +97,16 @@ def test_a_compilation_writes_its_report_into_the_artifact(compiled: Any) -> Non
     found = read(text)
     data = json.loads(found.data)
     told = [e for e in compiled.events if e["event"] == "linear"]
-    assert [x["name"] for x in data["linears"]] == [e["name"] for e in told]
-    assert [x["error"] for x in data["linears"]] == [e["error"] for e in told]
+    *linears, head = data["linears"]
+    assert [x["name"] for x in linears] == [e["name"] for e in told]
+    assert [x["error"] for x in linears] == [e["error"] for e in told]
+    assert (head["name"], head["bits"], head["error"]) == ("lm_head.weight", 8, None)
     assert data["seconds"] == compiled.events[-1]["seconds"] and data["settings"]["wbits"] == 4
     rows = {row[0]: row for row in found.rows}
     for e in told:
         shape = " x ".join(map(str, e["shape"]))
         assert rows[e["name"]][1:6] == [shape, "4", "32", f"{e['error']:.3g}", f"{e['error_rtn']:.3g}"]
-    assert text.count("<circle") == 3 * len(told)  # error, error of rounding, bits
+    assert text.count("<circle") == 3 * len(told) + 1  # error, error of rounding, bits; of the head bits
     assert data["peak_memory"] > 50e6 and len(data["memory"]) > 3
     assert data["solved_at"] == sorted(data["solved_at"]) and len(data["solved_at"]) == len(told)
 
@@ -118,9 +120,9 @@ def test_kernels_refusals_and_passes_are_told(compiled: Any) -> None:
         assert mine, chosen
         for kernel, reason in chosen["refused"].items():
             assert any(kernel in row[4] and reason in row[4] for row in mine)
-    # Seven linears in each of two layers, and any number of rows is not what the fastest kernel is for.
+    # Seven linears in each of two layers and the head, and any number of rows is not what the fastest kernel is for.
     [prefill] = [row for row in rows if row[:2] == ["quant_linear", "cpu.quant_linear.panel"]]
-    assert prefill[2] == "14 in forward" and "not symbolic" in prefill[4]
+    assert prefill[2] == "15 in forward" and "not symbolic" in prefill[4]
     assert ["aten.embedding.default", "1 in forward, decode_1, 2"] in rows
     done = compiled.events[-1]
     summaries = [
