@@ -15,17 +15,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from gptq_compile.kernels.cpu.pieces import Pieces, why_not
 from gptq_compile.kernels.cpu.quant_linear import FUSED_MAX_ROWS, FUSED_ROWS_AT_ONCE, Expr, Tensors
-from gptq_compile.kernels.layouts import LANES, grouping_of
+from gptq_compile.kernels.layouts import LANES
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
 from gptq_compile.kernels.script import Function, on_stack, script, store
 from gptq_compile.kernels.target import Target
-from gptq_compile.kernels.words import Grouping, block_codes, block_words
+from gptq_compile.kernels.words import block_codes, block_words
 
 PIECE = 256
 """Features that share one activation scale at most: 256 * 255 * 32767 < 2**31."""
-LEAST_GROUP = 16
-"""Smaller groups spend their time on scales."""
 WIDTH = 8
 """32-bit lanes of one operation."""
 _TOP = 32767.0
@@ -37,42 +36,9 @@ _LEAST = 1e-30
 def _accepts(case: Case, target: Target) -> Refusal | None:
     if case.rows is None or not 1 <= case.rows <= FUSED_MAX_ROWS:
         return Refusal(f"is for 1 to {FUSED_MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
-    if case.dtype != "float32" or case.get("out_dtype", "float32") != "float32":
-        return Refusal("is for float32 activations and outputs")
-    try:
-        grouping = grouping_of(case)
-    except ValueError as error:
-        return Refusal(str(error))
-    if min(grouping.group_size, grouping.in_features) < LEAST_GROUP:
-        return Refusal(f"is for groups of {LEAST_GROUP} and more")
     if not target.has("avx2"):
         return Refusal("is for x86-64 processors with AVX2")
-    return None
-
-
-class Pieces:
-    """How a row of activations is cut: whole groups, or parts of at most `PIECE` features of larger ones.
-
-    Attributes:
-        runs: equal groups as (first group, count, sizes of each one's pieces).
-        padded: features of the rounded row, in which groups start on whole blocks. ``per_group``: pieces of a group.
-    """
-
-    def __init__(self, grouping: Grouping) -> None:
-        def cut(size: int) -> tuple[int, ...]:
-            return (PIECE,) * (size // PIECE) + ((size % PIECE,) if size % PIECE else ())
-
-        self.grouping = grouping
-        self.runs = [(0, grouping.groups, cut(grouping.group_size))]
-        if grouping.last_size != grouping.group_size:
-            self.runs = [
-                (0, grouping.groups - 1, cut(grouping.group_size)),
-                (grouping.groups - 1, 1, cut(grouping.last_size)),
-            ]
-        self.per_group = len(cut(grouping.group_size))
-        self.group_span = grouping.group_words // block_words(grouping.bits) * block_codes(grouping.bits)
-        self.padded = grouping.groups * self.group_span
-        self.count = grouping.groups * self.per_group
+    return why_not(case)
 
 
 class Rounded:
@@ -158,7 +124,7 @@ def _build(case: Case, target: Target) -> Any:
     ir = script()
     with Function("quant_linear") as f:
         t = Tensors(f, case, target)
-        x = Rounded(t, Pieces(t.grouping))
+        x = Rounded(t, Pieces(t.grouping, PIECE))
         rows = int(case.rows or 1)
         passes = -(-rows // FUSED_ROWS_AT_ONCE)
         with ir.parallel(t.tiles) as tile:

@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_compile.kernels.cpu import byte_codes
-from gptq_compile.kernels.cpu.int8_rows import LEAST_GROUP, Pieces, Rounded
+from gptq_compile.kernels.cpu.int8_rows import Rounded
+from gptq_compile.kernels.cpu.pieces import why_not
 from gptq_compile.kernels.cpu.quant_linear import Expr, Tensors
-from gptq_compile.kernels.layouts import LANES, grouping_of
+from gptq_compile.kernels.layouts import LANES
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
 from gptq_compile.kernels.script import Function, on_stack, script, store
 from gptq_compile.kernels.target import Target
@@ -33,15 +34,7 @@ CHAINS = 4
 def _accepts(case: Case, target: Target) -> Refusal | None:
     if case.get("activations") != "int8":
         return Refusal("rounds activations to 8 bits, which was not asked for")
-    if case.dtype != "float32" or case.get("out_dtype", "float32") != "float32":
-        return Refusal("is for float32 activations and outputs")
-    try:
-        grouping = grouping_of(case)
-    except ValueError as error:
-        return Refusal(str(error))
-    if min(grouping.group_size, grouping.in_features) < LEAST_GROUP:
-        return Refusal(f"is for groups of {LEAST_GROUP} and more")
-    return byte_codes.why_not(target)
+    return why_not(case) or byte_codes.why_not(target)
 
 
 def _accepts_few(case: Case, target: Target) -> Refusal | None:
@@ -56,8 +49,8 @@ class _Product:
     def __init__(self, t: Tensors, target: Target) -> None:
         self.t, self.target = t, target
         self.bits, self.width = t.grouping.bits, byte_codes.width(target)
-        self.pieces = Pieces(t.grouping)
-        self.x = Rounded(t, self.pieces)
+        self.x = Rounded(t)
+        self.pieces = self.x.pieces
         self.per_block, self.per_words = block_codes(self.bits), block_words(self.bits)
         self.vectors = self.per_block // 4
 

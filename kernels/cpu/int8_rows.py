@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations rounded to 8 bits for the quantized linears of the CPU: symmetric, one scale for each piece of a row.
 
-A piece is a group of weights, or a part of at most `PIECE` features of a larger one. Values are stored in the order in
-which codes come out of their words (see `byte_codes`), and groups start on whole blocks of codes.
+Pieces are of at most `PIECE` features. Values are stored in the order in which codes come out of their words (see
+`byte_codes`).
 """
 
 from __future__ import annotations
@@ -12,45 +12,20 @@ import operator
 from typing import Any
 
 from gptq_compile.kernels.cpu import byte_codes
+from gptq_compile.kernels.cpu.pieces import Pieces
 from gptq_compile.kernels.cpu.quant_linear import Expr, Tensors
 from gptq_compile.kernels.script import on_stack, script, store
 from gptq_compile.kernels.tvm_env import tvm
-from gptq_compile.kernels.words import Grouping, block_codes, block_words
+from gptq_compile.kernels.words import block_codes
 
 PIECE = 64
 """Features that share a scale at most: 64 * 127 * 255 < 2**24, so that sums are exact in float32 too."""
-LEAST_GROUP = 16
-"""Smaller groups spend their time on scales."""
 _STEP = 32
 """Activations rounded at once: whole blocks of any bits."""
 _LANES = 16
 _LARGEST_FLOAT = 3.4e38
 _LEAST = 1e-36
 """What is all smaller counts as zero: 127 divided by it would not be finite."""
-
-
-class Pieces:
-    """How a row is cut.
-
-    Attributes:
-        runs: equal groups as (first group, count, sizes of each one's pieces).
-        per_group: pieces of a full group. ``count``: of a row.
-        group_span: features of the rounded row from one group to the next. ``padded``: of the row.
-    """
-
-    def __init__(self, grouping: Grouping) -> None:
-        def cut(size: int) -> tuple[int, ...]:
-            return (PIECE,) * (size // PIECE) + ((size % PIECE,) if size % PIECE else ())
-
-        self.grouping = grouping
-        full = grouping.groups - (grouping.last_size != grouping.group_size)
-        self.runs = [(0, full, cut(grouping.group_size))] if full else []
-        if full < grouping.groups:
-            self.runs.append((full, 1, cut(grouping.last_size)))
-        self.per_group = len(cut(grouping.group_size))
-        self.count = grouping.groups * self.per_group
-        self.group_span = grouping.group_words // block_words(grouping.bits) * block_codes(grouping.bits)
-        self.padded = grouping.groups * self.group_span
 
 
 class Rounded:
@@ -62,9 +37,10 @@ class Rounded:
         sums: ``[rows, pieces]``, of the values of each: float32 for weights with zero points, else int32.
     """
 
-    def __init__(self, t: Tensors, pieces: Pieces) -> None:
+    def __init__(self, t: Tensors) -> None:
         ir = script()
-        self.pieces, self._t = pieces, t
+        self.pieces, self._t = Pieces(t.grouping, PIECE), t
+        pieces = self.pieces
         self._values = ir.alloc_buffer((t.rows, pieces.padded), "int8")
         self.lanes = ir.decl_buffer((t.rows, pieces.padded // 4), "int32", data=self._values.data)
         self.scales = ir.alloc_buffer((t.rows, pieces.count), "float32")
