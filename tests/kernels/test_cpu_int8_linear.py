@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import pytest
 from gptq_compile.kernels.cpu import byte_codes
 from gptq_compile.kernels.cpu.int8_linear import KERNELS
 from gptq_compile.kernels.cpu.int8_rows import PIECE
-from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
 from gptq_compile.kernels.words import Grouping
+from tests.kernels.cpu_linears import linear_case, nmse, operands, run_linear
 
 AVX2 = Target.parse("cpu")
 VNNI = Target.parse("cpu:x86-64-v4+avx512vnni")
@@ -29,11 +30,8 @@ def _runs_vnni() -> bool:
     return {"avx512vnni", "avx512bw", "avx512vl"} <= {str(feature) for feature in features}
 
 
-def _case(bits, group, k, n, rows, zeros=True, bias=False, dtype="float32", activations="int8") -> Case:
-    return Case.make(
-        "quant_linear", dtype, rows, in_features=k, out_features=n, bits=bits, group_size=group,
-        has_zeros=zeros, has_bias=bias, activations=activations,
-    )  # fmt: skip
+def _case(*sizes: int | None, activations: str = "int8", **attrs: Any) -> Case:
+    return linear_case(*sizes, activations=activations, **attrs)
 
 
 def _rounded(x: np.ndarray, grouping: Grouping) -> np.ndarray:
@@ -50,28 +48,13 @@ def _rounded(x: np.ndarray, grouping: Grouping) -> np.ndarray:
 
 
 def _run(target: Target, case: Case, x: np.ndarray, codes: np.ndarray, zeros: np.ndarray | None) -> tuple:
-    """Returns (kernel output, reference on rounded activations, reference), with random scales and bias."""
+    """Returns (kernel output, reference on rounded activations, reference)."""
     if target is VNNI and not _runs_vnni():
         pytest.skip("this processor has no AVX-512 VNNI")
-    rng = np.random.default_rng(0)
-    n, k, bits = case["out_features"], case["in_features"], case["bits"]
-    grouping = Grouping.of(bits, k, case["group_size"])
-    scales = (rng.uniform(0.5, 2.0, (n, grouping.groups)) / 100).astype(np.float16).astype(np.float32)
-    bias = [rng.normal(size=n).astype(np.float32)] if case["has_bias"] else []
-    zero = np.full(scales.shape, 1 << (bits - 1)) if zeros is None else zeros
-    group = np.arange(k) // grouping.group_size
-    weight = scales.astype(np.float64)[:, group] * (codes - zero.astype(np.float64)[:, group])
-    library = tvm.compile(select(case, target, KERNELS).kernel.prim_func(case, target), target=target.tvm())
-    out = tvm.runtime.tensor(np.full((len(x), n), np.nan, np.float32))
-    packed = layout_for(case, target).pack(case, codes, scales, zeros)
-    library["quant_linear"](*map(tvm.runtime.tensor, [x, *packed.values(), *bias]), out)
+    ran = run_linear(KERNELS, case, target, x, codes, zeros)
     with np.errstate(invalid="ignore"):
-        exact = x.astype(np.float64) @ weight.T + sum(bias)
-        return out.numpy(), _rounded(x, grouping) @ weight.T + sum(bias), exact
-
-
-def _nmse(got: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.sum((got - reference) ** 2) / np.sum(reference**2))
+        rounded = _rounded(x, Grouping.of(case["bits"], case["in_features"], case["group_size"]))
+    return ran.got, ran.reference(rounded), ran.reference(x)
 
 
 @pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
@@ -83,24 +66,18 @@ def _nmse(got: np.ndarray, reference: np.ndarray) -> float:
 )  # fmt: skip
 def test_matches_float64(target, bits, group, k, n, rows, static):
     case = _case(bits, group, k, n, rows if static else None, zeros=group != -1 and bits != 8, bias=n % 2 == 1)
-    rng = np.random.default_rng(bits * 1000 + k)
-    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
-    zeros = rng.integers(0, 1 << bits, (n, Grouping.of(bits, k, group).groups), dtype=np.uint8)
-    x = rng.normal(size=(rows, k)).astype(np.float32)
-    got, same_rounding, exact = _run(target, case, x, codes, zeros if case["has_zeros"] else None)
-    assert _nmse(got, same_rounding) < 1e-11
-    assert _nmse(got, exact) < 2e-4
+    x, codes, zeros = operands(case, rows, seed=bits * 1000 + k)
+    got, same_rounding, exact = _run(target, case, x, codes, zeros)
+    assert nmse(got, same_rounding) < 1e-11
+    assert nmse(got, exact) < 2e-4
 
 
 @pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
 def test_rows_beyond_one_chunk_of_the_cache(target, monkeypatch):
     monkeypatch.setattr("gptq_compile.kernels.cpu.int8_linear.CHUNK_BYTES", 64 * 24)
     case = _case(4, 32, 64, 32, None)
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(67, 64)).astype(np.float32)
-    codes, zeros = rng.integers(0, 16, (32, 64), dtype=np.uint8), rng.integers(0, 16, (32, 2), dtype=np.uint8)
-    got, same_rounding, _ = _run(target, case, x, codes, zeros)
-    assert _nmse(got, same_rounding) < 1e-11
+    got, same_rounding, _ = _run(target, case, *operands(case, 67, seed=1))
+    assert nmse(got, same_rounding) < 1e-11
 
 
 @pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
