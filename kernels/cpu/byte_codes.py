@@ -2,9 +2,13 @@
 """Codes as bytes: what the 8-bit dot products of x86 take, made of the words that `words` packs.
 
 A dot product takes 32-bit lanes of four unsigned bytes (codes) and four signed bytes (activations). The words of a
-block give such lanes by a shift and an AND, because fields of 2, 4 and 8 bits repeat every byte; of 3 bits, by putting
-two pairs of codes together that lie in the halves of two words. Which four codes share a lane follows from that: it
-is `order`, and activations are stored in the same order.
+block give such lanes by a shift and an AND, because fields of 2, 4 and 8 bits repeat every byte. Of the five pairs of
+3-bit codes in a word four lie in bytes of their own once the upper bytes are moved by one bit; the others are put
+together from several words. Which four codes share a lane follows from that: it is `order`, and activations are stored
+in the same order.
+
+A code need not be moved to the foot of its byte: sums of products with codes times 2**s are as exact, and a shift of
+the sum makes up for a shift of every word. `free_shifts` says which vectors that saves an instruction.
 """
 
 from __future__ import annotations
@@ -21,26 +25,37 @@ Expr = Any
 
 LARGEST = 127
 """Activations go from -127 to 127, so that two products with codes of 7 bits fit into 16."""
-_PAIR_3 = tuple((j // 5, 3 * (j % 5)) for j in range(15))
-"""Word and shift of the first fifteen pairs of a 3-bit block; bits 15 and 31 of the words are the last one."""
 
 
 @functools.cache
 def order(bits: int) -> tuple[int, ...]:
     """The codes of a block in the order of the bytes of `byte_vectors`."""
     if bits == 3:
-        return tuple(code for v in range(8) for code in (4 * v, 4 * v + 2, 4 * v + 1, 4 * v + 3))
+        own = [10 * word + at + pair for word in range(3) for at in (0, 2) for pair in (0, 6, 1, 7)]
+        return (*own, 4, 14, 5, 15, 24, 30, 25, 31)
     starts = {field[0].shift: code for code, field in enumerate(fields(bits))}
     return tuple(starts[at + 8 * byte] for at in range(0, 8, bits) for byte in range(4))
 
 
-def byte_vectors(words: list[Expr], bits: int, lanes: int) -> list[Expr]:
+def free_shifts(target: Target, bits: int) -> tuple[int, ...]:
+    """For each vector of a block, how far left of the byte's foot its codes may stay; 0 is among them.
+
+    AVX2 adds two products in 16 bits, so that shifted codes may reach 128 there.
+    """
+    if bits == 3:
+        return (0, 3) * 3 + (0, 0)
+    most = 8 if width(target) == 16 else 7
+    return tuple(at if at + bits <= most else 0 for at in range(0, 8, bits))
+
+
+def byte_vectors(words: list[Expr], bits: int, lanes: int, shifts: tuple[int, ...]) -> list[Expr]:
     """The codes of a block, four to a lane of 32 bits, in the order of `order`.
 
     Args:
         words: the block's words, each a uint32 vector of ``lanes``.
         bits: 2, 3, 4 or 8.
         lanes: length of the vectors.
+        shifts: each vector's codes are times 2**shift; zeros or `free_shifts`.
     """
     ir = script()
 
@@ -52,23 +67,24 @@ def byte_vectors(words: list[Expr], bits: int, lanes: int) -> list[Expr]:
             return word
         return word >> constant(right) if right > 0 else word << constant(-right)
 
+    def by_bytes(even: Expr, odd: Expr) -> Expr:
+        return (even & constant(0x00FF00FF)) | (odd & constant(0xFF00FF00))
+
     if bits == 8:
         return [words[0]]
+    mask = ((1 << bits) - 1) * 0x01010101
     if bits != 3:
-        mask = ((1 << bits) - 1) * 0x01010101
-        return [moved(words[0], at) & constant(mask) for at in range(0, 8, bits)]
-    # Each vector: one pair in bytes 0 and 2, another one in bytes 1 and 3. The last pair is spread over the words.
-    spread = [moved(word, 15 - at) & constant(0x00010001 << at) for at, word in enumerate(words)]
-    last = spread[0] | spread[1] | spread[2]
+        places = zip(range(0, 8, bits), shifts, strict=True)
+        return [moved(words[0], at - shift) & constant(mask << shift) for at, shift in places]
     found = []
-    for first in range(0, 16, 2):
-        word, at = _PAIR_3[first]
-        low, high = moved(words[word], at), last << constant(8)
-        if first + 1 < len(_PAIR_3):
-            word, at = _PAIR_3[first + 1]
-            high = moved(words[word], at - 8)
-        found.append(((low & constant(0x00FF00FF)) | (high & constant(0xFF00FF00))) & constant(0x07070707))
-    return found
+    for word, shift in zip(words, shifts[1:6:2], strict=True):
+        own = by_bytes(word, moved(word, 1))
+        found += [own & constant(mask), moved(own, 3 - shift) & constant(mask << shift)]
+    found.append(by_bytes(moved(words[0], 6), moved(words[1], -2)) & constant(mask))
+    last = moved(words[2], 6) & constant(0x00070007)
+    for bit, word in enumerate(words):
+        last = last | (moved(word, 7 - bit) & constant(0x01000100 << bit))
+    return [*found, last]
 
 
 def width(target: Target) -> int:
@@ -86,7 +102,7 @@ def dot(target: Target, bits: int, total: Expr, codes: Expr, values: Expr) -> Ex
 
     Args:
         target: decides between one instruction (vpdpbusd) and three.
-        bits: of the codes, which are unsigned.
+        bits: of the codes, which are unsigned and may be times 2**`free_shifts`.
         total: int32 vector of `width` lanes. ``codes``: uint32. ``values``: int32, four int8 each within `LARGEST`.
     """
     ir = script()

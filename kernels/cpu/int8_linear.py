@@ -54,12 +54,12 @@ class _Product:
         self.per_block, self.per_words = block_codes(self.bits), block_words(self.bits)
         self.vectors = self.per_block // 4
 
-    def unpacked(self, tile: Expr, word: Expr) -> list[list[Expr]]:
+    def unpacked(self, tile: Expr, word: Expr, shifts: tuple[int, ...]) -> list[list[Expr]]:
         """Byte vectors of the block of codes at a word, for each part of the lanes."""
         found = []
         for part in self._parts():
             words = [self.t.words[tile, word + w, part] for w in range(self.per_words)]
-            found.append(byte_codes.byte_vectors(words, self.bits, self.width))
+            found.append(byte_codes.byte_vectors(words, self.bits, self.width, shifts))
         return found
 
     def panel(self) -> Any:
@@ -71,7 +71,8 @@ class _Product:
         ir = script()
         blocks = self.t.grouping.row_words // self.per_words
         with ir.serial(blocks) as block:
-            for part, vectors in zip(self._parts(), self.unpacked(tile, block * self.per_words), strict=True):
+            unpacked = self.unpacked(tile, block * self.per_words, (0,) * self.vectors)
+            for part, vectors in zip(self._parts(), unpacked, strict=True):
                 for j, vector in enumerate(vectors):
                     store(panel, (block * self.vectors + j, part), vector)
 
@@ -122,42 +123,53 @@ class _Product:
         t, x, pieces = self.t, self.x, self.pieces
         first_block = group * (pieces.group_span // self.per_block) + start // self.per_block
         blocks = -(-size // self.per_block)
-        chains = max(1, CHAINS // len(rows))
-        sums = [[on_stack(LANES, "int32") for _ in range(chains)] for _ in rows]
-        for row, chain in zip(rows, sums, strict=True):
-            for number, acc in enumerate(chain):
-                less = ir.int32(0)
-                if t.zeros is None and number == 0:
-                    less = x.sums[row, piece] * ir.int32(-(1 << (self.bits - 1)))
-                with ir.vectorized(LANES) as lane:
-                    store(acc, (lane,), less)
-        # Blocks with fewer vectors than chains come together, so that each chain has one.
-        together = max(1, chains // self.vectors)
+        # A sum for each shift of the codes; more rows share the unpacking and want the registers.
+        free = len(rows) == 1 and panel is None
+        shifts = byte_codes.free_shifts(self.target, self.bits) if free else (0,) * self.vectors
+        kinds = sorted(set(shifts))
+        chains = max(1, CHAINS // len(rows) // len(kinds))
+        sums = [{shift: [on_stack(LANES, "int32") for _ in range(chains)] for shift in kinds} for _ in rows]
+        for row, kept in zip(rows, sums, strict=True):
+            for shift in kinds:
+                for number, acc in enumerate(kept[shift]):
+                    less = ir.int32(0)
+                    if t.zeros is None and shift == number == 0:
+                        less = x.sums[row, piece] * ir.int32(-(1 << (self.bits - 1)))
+                    with ir.vectorized(LANES) as lane:
+                        store(acc, (lane,), less)
+        # Blocks with fewer vectors than sums come together, so that each sum has one.
+        together = max(1, chains * len(kinds) // self.vectors)
 
         def emit(block: Expr, count: int) -> None:
+            turns = dict.fromkeys(kinds, 0)
             for b in range(count):
                 at = (first_block + block + b) * self.vectors
-                unpacked = [] if panel is not None else self.unpacked(tile, (first_block + block + b) * self.per_words)
-                for p, part in enumerate(self._parts()):
-                    for j in range(self.vectors):
+                word = (first_block + block + b) * self.per_words
+                unpacked = [] if panel is not None else self.unpacked(tile, word, shifts)
+                for j, shift in enumerate(shifts):
+                    for p, part in enumerate(self._parts()):
                         codes = unpacked[p][j] if panel is None else panel[at + j, part]
                         for r, row in enumerate(rows):
-                            acc = sums[r][(b * self.vectors + j) % chains]
+                            acc = sums[r][shift][turns[shift] % chains]
                             values = ir.Broadcast(x.lanes[row, at + j], self.width)
                             store(acc, (part,), byte_codes.dot(self.target, self.bits, acc[part], codes, values))
+                    turns[shift] += 1
 
         if blocks >= together:
             with ir.serial(blocks // together) as i:
                 emit(i * together, together)
         if blocks % together:
             emit(ir.int32(blocks // together * together), blocks % together)
-        for chain in sums:
+        for kept in sums:
             with ir.vectorized(LANES) as lane:
-                value = chain[0][lane]
-                for other in chain[1:]:
-                    value = value + other[lane]
-                store(chain[0], (lane,), value)
-        return [chain[0] for chain in sums]
+                value = ir.int32(0)
+                for shift in kinds:
+                    part = kept[shift][0][lane]
+                    for other in kept[shift][1:]:
+                        part = part + other[lane]
+                    value = value + (part >> ir.int32(shift) if shift else part)
+                store(kept[0][0], (lane,), value)
+        return [kept[0][0] for kept in sums]
 
     def _parts(self) -> list[Expr]:
         ir = script()

@@ -90,6 +90,16 @@ def test_the_largest_sums_are_exact(target, code, zero):
     np.testing.assert_allclose(got, exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_codes_that_stay_shifted_do_not_saturate(target, bits):
+    case = _case(bits, -1, 512, 16, 1)
+    x = np.full((1, 512), -127.0, np.float32)
+    largest = np.full((16, 512), (1 << bits) - 1, np.uint8)
+    got, _, exact = _run(target, case, x, largest, np.zeros((16, 1), np.uint8))
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
 def test_activations_of_zero_and_tiny_ones():
     case = _case(4, 32, 64, 16, 3)
     rng = np.random.default_rng(0)
