@@ -47,6 +47,11 @@ class Artifact:
         """Returns one weight as a memory-mapped array (bfloat16 as uint16)."""
         return self._safetensors[weight.file].array(weight.name)
 
+    def map_ahead(self) -> None:
+        """Has the system map the weights while the rest is loaded; see `SafetensorsFile.map_ahead`."""
+        for file in self._safetensors.values():
+            file.map_ahead()
+
     def _check_files(self, verify: bool, again: bool) -> None:
         root = self.folder.resolve()
         # The loader looks for dependencies in lib/, so what lies there unlisted could be executed unchecked.

@@ -96,6 +96,8 @@ class Engine:
                     f"{artifact.path('manifest.json')}: lib/{name} is not in the list of files, so it cannot be "
                     "trusted. Compile the model again."
                 )
+        if kind == "cpu":
+            artifact.map_ahead()
         load_runtime(artifact.path("lib"), kind == "cuda")
         return Engine(artifact, open_it(), max_batch, cache_tokens)
 

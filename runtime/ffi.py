@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that imports tvm_ffi and loads TVM's runtime libraries.
+"""The one place that loads TVM's runtime libraries and says through what they are called.
 
-tvm_ffi imports torch whenever it is installed (for its own tensor exchange, which we do not use). That costs seconds
-and hundreds of megabytes, so torch is hidden while tvm_ffi is imported, unless the process already has it.
+For the CPU that is `abi`, our own few lines over tvm-ffi's C ABI. A GPU and a process that has imported ``tvm_ffi``
+use that package. It imports torch whenever it is installed (for its own tensor exchange, which we do not use); that
+costs seconds and hundreds of megabytes, so torch is hidden while tvm_ffi is imported, unless the process already has
+it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import glob
+import importlib.util
 import os
 import pathlib
 import sys
@@ -16,28 +19,66 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from gptq_compile.runtime import abi
 from gptq_compile.runtime.errors import ArtifactError, DeviceError
 
 _lock = threading.Lock()
+# How often a thread of TVM's pool yields before it sleeps: 15 ms, for which no step of a model leaves it idle. TVM's
+# own number is 150 ms and more, and for so long the end of the process waits for it.
+_SPINS = ("TVM_THREAD_POOL_SPIN_COUNT", "30000")
 # Handles stay referenced for the life of the process: unloading a library whose functions are registered is fatal.
 _handles: list[ctypes.CDLL] = []
+# What the first call took. It stays: objects of one are no arguments of the other.
+_chosen: list[Any] = []
 
 
-def ffi() -> Any:
-    """Returns the ``tvm_ffi`` module, importing it on first use without torch."""
+def ffi(libraries: pathlib.Path | None = None, gpu: bool = False) -> Any:
+    """Returns `abi` or ``tvm_ffi``, the same for the life of the process.
+
+    Args:
+        libraries: the folder of the artifact's ``libtvm_ffi.so``; only the first call of a process needs it.
+        gpu: whether the first artifact runs on one.
+    """
+    if not _chosen:
+        with _lock:
+            if not _chosen:
+                _chosen.append(_choose(libraries, gpu))
+    return _chosen[0]
+
+
+def _choose(libraries: pathlib.Path | None, gpu: bool) -> Any:
     module = sys.modules.get("tvm_ffi")
     if module is not None and hasattr(module, "get_global_func"):
         return module
-    with _lock:
-        hide = "torch" not in sys.modules
-        if hide:
-            sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    if libraries is not None and not gpu:
+        path = _installed_library() or libraries / "libtvm_ffi.so"
+        _require(path)
         try:
-            import tvm_ffi
-        finally:
-            if hide:
-                sys.modules.pop("torch", None)
-        return tvm_ffi
+            if abi.open_library(path):
+                return abi
+        except OSError as error:
+            raise ArtifactError(f"The runtime library {path} does not load: {error}.") from error
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    try:
+        import tvm_ffi
+    finally:
+        if hide:
+            sys.modules.pop("torch", None)
+    return tvm_ffi
+
+
+def _installed_library() -> pathlib.Path | None:
+    """The library of an installed ``tvm_ffi``: a later import of it in this process must find the same registry."""
+    try:
+        found = importlib.util.find_spec("tvm_ffi")
+    except (ImportError, ValueError):
+        return None
+    if found is None or found.origin is None:
+        return None
+    path = pathlib.Path(found.origin).parent / "lib" / "libtvm_ffi.so"
+    return path if path.is_file() else None
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -66,7 +107,9 @@ def load_runtime(folder: pathlib.Path, cuda: bool) -> None:
         ArtifactError: if a library is missing or does not load.
         DeviceError: if the CUDA side cannot find the CUDA runtime library.
     """
-    has = lambda name: ffi().get_global_func(name, allow_missing=True) is not None  # noqa: E731
+    os.environ.setdefault(*_SPINS)
+    module = ffi(folder, cuda)
+    has = lambda name: module.get_global_func(name, allow_missing=True) is not None  # noqa: E731
     with _load_lock:
         if not has("device_api.cpu"):
             _load(folder / "libtvm_runtime.so")
@@ -78,11 +121,15 @@ def load_runtime(folder: pathlib.Path, cuda: bool) -> None:
 _load_lock = threading.Lock()
 
 
-def _load(path: pathlib.Path) -> None:
+def _require(path: pathlib.Path) -> None:
     if not path.is_file():
         raise ArtifactError(
             f"The runtime library {path} is missing. Copy the whole artifact folder, its lib subfolder included."
         )
+
+
+def _load(path: pathlib.Path) -> None:
+    _require(path)
     try:
         _handles.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
     except OSError as error:

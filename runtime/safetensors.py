@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import threading
+from ctypes import CDLL, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,9 @@ NUMPY_DTYPES = {
 # What the same bytes are called in the manifest and by TVM.
 TENSOR_DTYPES = {**NUMPY_DTYPES, "BF16": "bfloat16"}
 MAX_HEADER_BYTES = 100 << 20
+# Larger files take longer to compute with than to map, and may be larger than the memory.
+AHEAD_BYTES = 1 << 30
+_POPULATE_READ = 22  # MADV_POPULATE_READ (Linux 5.14, madvise(2)); older ones refuse it
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,26 @@ class SafetensorsFile:
         if info.begin % np.dtype(info.numpy_dtype).itemsize:
             data = data.copy()
         return np.asarray(data).view(info.numpy_dtype).reshape(info.shape)
+
+    def map_ahead(self) -> threading.Thread | None:
+        """Has the system map the file's pages while this thread goes on, instead of at the first use of each.
+
+        Returns:
+            The thread that waits for it, without Python's lock; None for a file of more than `AHEAD_BYTES`.
+        """
+        mapped = self._bytes
+        if mapped.nbytes > AHEAD_BYTES:
+            return None
+        madvise = CDLL(None).madvise
+        madvise.argtypes = (c_void_p, c_size_t, c_int)
+        begin = mapped.ctypes.data
+
+        def wait(kept: np.ndarray = mapped) -> None:
+            madvise(begin, kept.nbytes, _POPULATE_READ)
+
+        thread = threading.Thread(target=wait, name="map weights", daemon=True)
+        thread.start()
+        return thread
 
 
 def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:

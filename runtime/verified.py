@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
-import tempfile
 import time
 
 log = logging.getLogger(__name__)
@@ -41,6 +40,8 @@ def remember(path: pathlib.Path, sha256: str, before: os.stat_result) -> None:
         sha256: what its bytes hashed to, 64 hexadecimal digits.
         before: its state when the hashing began.
     """
+    import tempfile  # not above: it imports half the standard library, and most loads have nothing to note
+
     try:
         note = _note(path, sha256)
         if note is None or _state(os.stat(path)) != _state(before):

@@ -36,6 +36,8 @@ COMMANDS = {
     "doctor": ("gptq_compile.cli.doctor", "what this machine can do, and how to mend what it cannot"),
 }
 DEFAULT = "compile"
+# Commands that multiply nothing with numpy: threads of its linear algebra would only wait, busily, for the first 50 ms.
+_ONE_BLAS_THREAD = ("run", "chat", "serve", "bench")
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else DEFAULT
     if not arguments and name == DEFAULT:
         arguments = ["--help"]
+    if name in _ONE_BLAS_THREAD:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         with _sigterm_unwinds():
             return int(importlib.import_module(COMMANDS[name][0]).main(arguments))

@@ -45,6 +45,30 @@ def test_modules_and_libraries_of_a_runtime_process(artifact: pathlib.Path) -> N
     assert str(artifact / "model.so") in seen["libraries"]
 
 
+START = textwrap.dedent(
+    """
+    import os, sys, time
+    from gptq_compile.cli.main import main
+    code = main(["run", sys.argv[1], "hello", "--no-chat", "--ignore-eos", "--max-new-tokens", "4"])
+    threads = len(os.listdir("/proc/self/task"))
+    print(code, threads, *sorted(sys.modules), file=sys.stderr)
+    """
+)
+
+
+def test_what_the_command_takes_to_start(artifact: pathlib.Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", START, str(artifact)], capture_output=True, text=True, check=False,
+        env={**environment, "PYTHONPATH": str(ROOT), "TVM_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    code, threads, *modules = done.stderr.split()
+    assert code == "0" and int(threads) == 1, "threads that only wait"
+    slow = {"tvm_ffi", "ml_dtypes", "rich", "jinja2", "typer", "importlib.metadata", "tempfile", "unittest", "asyncio"}
+    assert slow & set(modules) == set()
+
+
 def test_torch_can_be_imported_after_the_runtime(artifact: pathlib.Path) -> None:
     code = RUN + textwrap.dedent(
         """

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import platform
+import resource
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gptq_compile.runtime import safetensors
 from gptq_compile.runtime.errors import ArtifactError
 from gptq_compile.runtime.safetensors import SafetensorsFile
 
@@ -67,6 +71,33 @@ def test_writing_to_an_array_does_not_change_the_file(tmp_path: pathlib.Path) ->
     path = raw(tmp_path / "x.safetensors", {"t": entry()}, b"\0" * 8)
     SafetensorsFile(path).array("t")[:] = 1
     assert path.read_bytes().endswith(b"\0" * 8)
+
+
+def test_pages_that_were_mapped_ahead_cost_nothing_later(tmp_path: pathlib.Path) -> None:
+    size = 32 << 20
+    path = raw(tmp_path / "x.safetensors", {"t": entry("U8", (size,), (0, size))}, os.urandom(1 << 20) * 32)
+
+    def faults(ahead: bool) -> int:
+        file = SafetensorsFile(path)
+        if ahead:
+            waiting = file.map_ahead()
+            assert waiting is not None
+            waiting.join()
+        pages = file.array("t")[::4096]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        pages.max()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    plain, ahead = faults(False), faults(True)
+    if tuple(map(int, platform.release().split(".")[:2])) < (5, 14):
+        pytest.skip("this system's madvise cannot populate")
+    assert plain >= 4 and ahead < plain // 4, (plain, ahead)
+
+
+def test_a_file_too_large_to_map_ahead(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = raw(tmp_path / "x.safetensors", {"t": entry()}, b"\0" * 8)
+    monkeypatch.setattr(safetensors, "AHEAD_BYTES", 8)
+    assert SafetensorsFile(path).map_ahead() is None
 
 
 BAD_HEADERS: dict[str, tuple[Any, bytes, str]] = {
