@@ -31,6 +31,7 @@ from gptq_compile.kernels.runtime_libs import copy_runtime_libraries, runtime_li
 from gptq_compile.options import CHECKPOINTS, CompileOptions
 from gptq_compile.passes.adopt_codes import AdoptCodes
 from gptq_compile.passes.budget import BudgetedQuantize, Footprint
+from gptq_compile.passes.gptq.world import current, join
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import Pass, PassManager, PassRecord
 from gptq_compile.passes.memory_plan import plan_memory
@@ -83,7 +84,8 @@ class CompileResult:
     """What a compilation made.
 
     Attributes:
-        out: what was made, or None after ``stop_after`` or a dry run. ``format``: of it, as in the options.
+        out: what was made, or None after ``stop_after``, a dry run, or in a process beside torchrun's first.
+        format: of it, as in the options.
         plan: what was planned. ``seconds``: stage -> wall time. ``reports``: one a linear.
         passes: one record a pass. ``size``: bytes of the artifact. ``tuning``: what tuning scales did, if asked for.
     """
@@ -105,6 +107,8 @@ class _Stopped(Exception):
 def compile_model(options: CompileOptions, progress: Progress | None = None, *, dry_run: bool = False) -> CompileResult:
     """Compiles a model into an artifact folder, or quantizes it into a GPTQ checkpoint (``options.format``).
 
+    Processes that ``torchrun`` started share the quantization; what is made is the first one's.
+
     Args:
         options: settings.
         progress: told about stages, the plan and every finished linear.
@@ -116,6 +120,9 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
     Raises:
         GptqCompileError: with a sentence that says what was wrong, where, and what to do.
     """
+    join(torch.device(options.resolved_device))
+    if current().rank:  # torchrun: the first process keeps the work folder, reports and writes
+        options, progress = replace(options, work_dir=None, resume=False, trace=None), None
     with (
         Work.open(None if dry_run else options.work_dir, options.resume) as work,
         Trace(options.trace) as trace,
@@ -131,9 +138,10 @@ def compile_model(options: CompileOptions, progress: Progress | None = None, *, 
 
 def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: Work) -> CompileResult:
     clock = _Clock(progress)
-    target, dtype = options.resolved_target, options.resolved_dtype
+    target, dtype, world = options.resolved_target, options.resolved_dtype, current()
     overwrite = options.overwrite or work.claimed(options.out)
-    _output(options, overwrite).check()
+    if world.rank == 0:
+        _output(options, overwrite).check()
     with clock("open"):
         source = load_source(
             options.model,
@@ -156,12 +164,13 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
     calibration = None
     if from_text:  # a bad file is found before anything slow
         with clock("calibrate"):
-            calibration = torch.from_numpy(_calibration(source, options, progress, work))
+            calibration = world.agree(torch.from_numpy(_calibration(source, options, progress, work)))
     with clock("trace"):
         program = trace(source.config, source.params, name=source.name, source=source.source)
     plan = make_plan(program, source, options)
     progress.plan(plan)
-    _output(options, overwrite, plan.bytes_after).check()
+    if world.rank == 0:
+        _output(options, overwrite, plan.bytes_after).check()
     if dry_run:
         return CompileResult(None, plan, clock.seconds)
     if options.format == "artifact":
@@ -185,11 +194,11 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 Lowering(program, products(options.onnx_ops)).run()
         if calibrated and not from_text:
             with clock("calibrate"):
-                calibration = torch.from_numpy(_calibration(source, options, progress, work))
+                calibration = world.agree(torch.from_numpy(_calibration(source, options, progress, work)))
         tuned_on = calibration
         if options.quantize.tune_nsamples and calibration is not None:  # before anything that could be lost
             with clock("text"):
-                tuned_on = _with_text_to_tune_on(calibration, source, options, progress, work)
+                tuned_on = world.agree(_with_text_to_tune_on(calibration, source, options, progress, work))
         with clock("quantize"):
             if work.solutions:
                 progress.note(f"{len(work.solutions)} linears were finished by an earlier run and are taken over.")
@@ -209,6 +218,8 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 tune = TuneScales(options.quantize, original, tuned_on, options.resolved_device, progress.note)
                 manager.run([tune], program)
         reports = quantize.reports
+        if world.rank:
+            return CompileResult(None, plan, clock.seconds, reports, manager.records)
         if options.format == "artifact":
             stored = storing_passes(target, dtype, options.resolved_lm_head_bits, options.resolved_device)
             manager.run(stored, program)

@@ -215,12 +215,10 @@ class GptqQuantize(Pass):
         return Hessian(features_of(group), device=self.device, name=where(group.source), drop_bad=True)
 
     def _finished(self, linears: list[Node]) -> dict[Node, Solution]:
-        """Solutions of an earlier run, by weight."""
-        if self.store is None:
-            return {}
+        """Solutions of an earlier run, by weight: those that the first process knows."""
+        kept = [None if self.store is None else self.store.finished(weight_name(node)) for node in linears]
         found: dict[Node, Solution] = {}
-        for node in linears:
-            solution = self.store.finished(weight_name(node))
+        for node, solution in zip(linears, self.world.agree(kept), strict=True):
             config, columns = self._config(node), experts.matrix_shape(node)[1]
             if solution is not None and (solution.bits, solution.group_size) == (
                 config.wbits,
