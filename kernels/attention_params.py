@@ -75,12 +75,25 @@ def refuse_dtype(case: Case) -> Refusal | None:
     return None
 
 
-def refuse_attention(case: Case) -> Refusal | None:
-    """Refuses what no attention kernel here can do."""
+def refuse_heads(case: Case) -> Refusal | None:
+    """Refuses query heads that cannot be dealt out to the key heads."""
     p = AttentionParams.of(case)
     if p.heads % p.kv_heads:
         return Refusal(f"{p.heads} query heads are not a multiple of {p.kv_heads} key heads")
-    return refuse_dtype(case)
+    return None
+
+
+def refuse_attention(case: Case) -> Refusal | None:
+    """Refuses what no attention kernel whose cache has the activations' type can do."""
+    return refuse_heads(case) or refuse_dtype(case) or refuse_other_cache(case)
+
+
+def refuse_other_cache(case: Case) -> Refusal | None:
+    """Refuses a cache of another type than the activations."""
+    cache = case.get("cache_dtype", case.dtype)
+    if cache != case.dtype:
+        return Refusal(f"the cache is {cache} and activations are {case.dtype}; this kernel is for one type")
+    return None
 
 
 def refuse_rotary(case: Case) -> Refusal | None:

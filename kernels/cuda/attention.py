@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_compile.kernels import tirx_math as tm
-from gptq_compile.kernels.attention_params import AttentionParams, refuse_attention, refuse_dtype
+from gptq_compile.kernels.attention_params import AttentionParams, refuse_attention, refuse_dtype, refuse_other_cache
 from gptq_compile.kernels.cuda.block import WARP, shuffle_xor
 from gptq_compile.kernels.cuda.norms import vector_width
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
@@ -295,6 +295,10 @@ def _accepts_split(case: Case, target: Target) -> Refusal | None:
     return refuse_attention(case)
 
 
+def _accepts_append(case: Case, target: Target) -> Refusal | None:
+    return refuse_dtype(case) or refuse_other_cache(case)
+
+
 def _append(case: Case, target: Target) -> Any:
     """Copies k and v of each token to its slot, one block per token; a negative slot is skipped."""
     n, dtype = tm.rows(case), case.dtype
@@ -338,5 +342,5 @@ KERNELS = (
         lambda case, target: refuse_attention(case),
         lambda case, target: _attention(case, target, 1),
     ),
-    Kernel("cuda.kv_append", "kv_append", lambda case, target: refuse_dtype(case), _append),
+    Kernel("cuda.kv_append", "kv_append", _accepts_append, _append),
 )

@@ -17,11 +17,12 @@ import itertools
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tvm_ffi
 
+from gptq_compile.kernels.cache_format import CACHE_DTYPES, CacheFormat
 from gptq_compile.kernels.layouts import layout_for
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
@@ -101,6 +102,7 @@ def run(function: Callable[..., object], arguments: Sequence[np.ndarray]) -> lis
 
 # K, N, group: whole vectors and panels, and nothing of the kind.
 _SHAPES = ((256, 64, 64), (130, 37, 20), (77, 16, -1), (300, 17, 128), (33, 5, 7))
+_CACHE_OPS = ("paged_attention", "kv_append")
 _ROWS = (((1, 1), (2, 2), (None, 17)), ((1, 1), (8, 8), (None, 1)))
 
 
@@ -141,8 +143,17 @@ def plain_cases() -> Iterator[tuple[str, Case, list[np.ndarray]]]:
 
 
 def op_cases() -> Iterator[tuple[str, Case, list[np.ndarray]]]:
-    """Every other op, at sizes around a vector and a page of the cache."""
-    for op_case in cases_ops.op_cases("float32"):
+    """Every op but the linears and what reads the cache, at sizes around a vector."""
+    yield from _sized(c for c in cases_ops.op_cases("float32") if c.case.op not in _CACHE_OPS)
+
+
+def cache_cases(dtype: str) -> Iterator[tuple[str, Case, list[np.ndarray]]]:
+    """Attention and the storing of keys and values, at sizes around a page of the cache."""
+    yield from _sized(cases_ops.attention_cases("float32", CacheFormat(dtype, True)))
+
+
+def _sized(cases: Iterable[cases_ops.OpCase]) -> Iterator[tuple[str, Case, list[np.ndarray]]]:
+    for op_case in cases:
         for n in [size for size in op_case.sizes if size <= 17]:
             yield f"{op_case.name}, n={n}", op_case.case, op_case.make_inputs(np.random.default_rng(n), n)
 
@@ -166,6 +177,7 @@ def check(arch: str, group: str) -> int:
     target = Target.parse(f"cpu:{arch}")
     cases = {
         "linear": plain_cases, "ops": op_cases, "stray": stray,
+        **{f"cache-{dtype}": functools.partial(cache_cases, dtype) for dtype in CACHE_DTYPES},
         **{f"bits{b}": functools.partial(linear_cases, target, b) for b in (2, 3, 4, 8)},
     }[group]  # fmt: skip
     compiled: dict[Case, Callable[..., object]] = {}

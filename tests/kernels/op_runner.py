@@ -27,7 +27,8 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not i
 
 def kernels(kind: str) -> tuple[Kernel, ...]:
     """Returns the kernels of the modules tested here, for ``"cpu"`` or ``"cuda"``."""
-    modules = ("attention", "norms", "rotary", "gated", "experts", "quant_experts", "topk", "sampling")
+    attention = {"cpu": ("cache", "decode_attention", "prefill_attention"), "cuda": ("attention",)}[kind]
+    modules = (*attention, "norms", "rotary", "gated", "experts", "quant_experts", "topk", "sampling")
     found = (importlib.import_module(f"gptq_compile.kernels.{kind}.{name}").KERNELS for name in modules)
     return tuple(kernel for group in found for kernel in group)
 

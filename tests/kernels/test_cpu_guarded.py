@@ -23,8 +23,8 @@ def guarded(arch: str, group: str) -> subprocess.CompletedProcess[str]:
 # By hand, every group of every architecture: python -m tests.kernels.guarded ARCH GROUP.
 @pytest.mark.parametrize(
     ("arch", "group"),
-    [(DEFAULT_CPU_ARCHS[0], g) for g in ("ops", "linear", "bits2", "bits3", "bits4", "bits8")]
-    + [(DEFAULT_CPU_ARCHS[1], "bits3")],
+    [(DEFAULT_CPU_ARCHS[0], g) for g in ("ops", "cache-int8", "linear", "bits2", "bits3", "bits4", "bits8")]
+    + [(DEFAULT_CPU_ARCHS[1], g) for g in ("bits3", "cache-float16")],
 )
 def test_kernels_stay_inside_of_their_arguments(arch: str, group: str) -> None:
     try:

@@ -30,7 +30,10 @@ def _module() -> tuple[object, list[str]]:
     cases = [
         Case.make("quant_linear", "float32", rows, bits=bits, activations=activations, **linear)
         for rows, bits, activations in ((1, 4, "float"), (1, 3, "int8"), (None, 4, "float"), (None, 2, "int8"))
-    ] + [Case.make("paged_attention", "float32", rows, **heads, **options) for rows in (1, None)]
+    ] + [
+        Case.make("paged_attention", "float32", rows, **heads, **options, cache_dtype=cache)
+        for rows, cache in ((1, "float32"), (None, "float16"), (1, "int8"))
+    ]
     builder, names = relax.BlockBuilder(), []
     for i, case in enumerate(cases):
         func = select(case, ARM).kernel.prim_func(case, ARM)
