@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unquantized linear layers on CUDA (the language-model head): out = x @ w.T + bias, weights [N, K] row-major.
 
-Half weights use the tensor-core generator of `mma_linear`; everything else a warp per weight row with float32 sums.
+Half weights use `row_linear` for few rows, else the tensor-core generator of `mma_linear`; everything else a warp per
+weight row with float32 sums.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from gptq_compile.kernels.cuda import mma_linear
+from gptq_compile.kernels.cuda import mma_linear, row_linear
 from gptq_compile.kernels.cuda.quant_linear import FLOATS, PLAIN_TOKENS, PLAIN_WARPS, finish
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
 from gptq_compile.kernels.script import Function, local, script, store
@@ -95,6 +96,7 @@ def _plain(case: Case, target: Target) -> Any:
 
 
 KERNELS = (
+    Kernel("cuda.linear.rows", "linear", row_linear.accepts, row_linear.build),
     Kernel("cuda.linear.decode_mma", "linear", _accepts_decode, _decode),
     Kernel("cuda.linear.tiles_mma", "linear", _accepts_tiles, _tiles),
     Kernel("cuda.linear.plain", "linear", _accepts_plain, _plain),

@@ -143,6 +143,11 @@ def cases() -> list[KernelCase]:
         for rows, static in ((1, True), (4, True), (1, False), (17, False)):
             found.append(_linear(k, n, rows, static, has_bias, out_dtype="float32"))
         found.append(_linear(k, n, 3, True, has_bias))
+    # Few rows: one tile and several in turn, whole turns of K and not, one and many warps to a tile.
+    for k, n in ((4096, 6150), (14336, 2200), (1160, 34100), (64, 9)):
+        found += [_linear(k, n, rows, True, rows % 2 == 0) for rows in (1, 2, 3, 4)]
+    found += [_linear(k, n, rows, True, True) for k, n in ((4096, 2200), (576, 4999)) for rows in (5, 8, 11, 16)]
+    found += [_linear(14336, 520, rows, True, True) for rows in (8, 16)]  # K in parts
     found += [_linear(576, 513, rows, False, True) for rows in (257, 3)]
     found += [_linear(100, 65, 17, False, True, dtype="float32"), _linear(100, 65, 2, True, False, dtype="float32")]
     return found

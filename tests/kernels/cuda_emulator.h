@@ -168,6 +168,37 @@ static void emu_mma(emu_span<float> d, unsigned a0, unsigned a1, unsigned a2, un
   emu_warp_wait();
 }
 
+// The same of bfloat16: the upper halves of floats.
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  explicit nv_bfloat16(float v) {
+    uint32_t word;
+    memcpy(&word, &v, 4);
+    bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  }
+  operator float() const {
+    const uint32_t word = uint32_t(bits) << 16;
+    float v;
+    memcpy(&v, &word, 4);
+    return v;
+  }
+};
+static nv_bfloat16 emu_bf16_a[128][16][16], emu_bf16_b[128][16][8];
+static void gq_mma4_bf16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+  int warp = emu_current / 32, lane = emu_current % 32, g = lane / 4, c = lane % 4;
+  for (int i = 0; i < 4; ++i) memcpy(&emu_bf16_a[warp][g + i % 2 * 8][2 * c + i / 2 * 8], &a[i], 4);
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t bits = (i < 2 ? b0 : b1) >> i % 2 * 16;
+    memcpy(&emu_bf16_b[warp][2 * c + i % 2 + i / 2 * 8][g], &bits, 2);
+  }
+  emu_warp_wait();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k)
+      d[i] += float(emu_bf16_a[warp][g + 8 * (i / 2)][k]) * float(emu_bf16_b[warp][k][2 * c + i % 2]);
+  emu_warp_wait();
+}
+
 // mma.sync.m16n8k32 of unsigned and signed bytes.
 static uint8_t emu_bytes_a[128][16][32];
 static int8_t emu_bytes_b[128][32][8];

@@ -218,7 +218,11 @@ def test_digits_follow_the_largest_activation_of_a_run(target, tmp_path):
 @needs_gxx
 @pytest.mark.parametrize(
     ("k", "n", "rows", "static", "kernel"),
-    [(136, 35, 3, True, "decode_mma"), (136, 20, 66, False, "tiles_mma"), (45, 33, 5, False, "plain")],
+    [
+        (136, 35, 3, True, "rows"),
+        (136, 20, 66, False, "tiles_mma"),
+        (45, 33, 5, False, "plain"),
+    ],
 )
 def test_linear_matches_float64(k, n, rows, static, kernel, tmp_path):
     rng = np.random.default_rng(k)
