@@ -30,6 +30,9 @@ from gptq_compile.passes.program import Program, where
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
 
+CPU_TOKENS = 512
+"""Most tokens of a call of ``forward`` on the CPU: its temporaries get room for them, the same for any number."""
+
 
 @dataclass
 class Lowered:
@@ -43,6 +46,7 @@ class Lowered:
         apart: case text -> kernel -> why it refused to compute several ops together (see `passes.fusion`).
         translated: op without a kernel of ours -> entry -> how often it stands there; TVM makes and fuses those.
         decode: batch size -> entry name.
+        tokens: most tokens of a call of ``forward``; None for any number.
     """
 
     module: Any
@@ -52,6 +56,7 @@ class Lowered:
     apart: dict[str, dict[str, str]] = field(default_factory=dict)
     translated: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     decode: dict[int, str] = field(default_factory=dict)
+    tokens: int | None = None
 
 
 def lower_to_relax(
@@ -87,6 +92,11 @@ def lower_to_relax(
     if sampling:
         add_sampling_entries(program, builder, emitter)
     lowered.module = builder.get()
+    if target.kind == "cpu":
+        # Temporaries of a size of their own for each length of prompt would all stay in the VM's pool.
+        lowered.tokens = CPU_TOKENS
+        bounds = {"tir_var_upper_bound": {"n": CPU_TOKENS}}
+        lowered.module["forward"] = lowered.module["forward"].with_attrs(bounds)
     return lowered
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
+import mmap
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from gptq_compile.runtime.ffi import ffi, function
 
 log = logging.getLogger(__name__)
 
+_LARGE = 1 << 20  # bytes
 _ALIGNMENT = 64  # bytes; generated code may assume it of every tensor
 
 
@@ -39,6 +42,11 @@ class CpuDevice:
         self._view = function("runtime.TVMTensorCreateView")
         self._staged: dict[tuple[str, tuple[int, ...], str], Any] = {}
 
+    def limit_prefill(self, tokens: int | None) -> None:
+        """Makes calls of ``forward`` no longer than the artifact has room for; None is any length."""
+        if tokens is not None:
+            self.prefill_tokens = min(self.prefill_tokens, tokens)
+
     def description(self) -> str:
         """One line for logs."""
         return f"cpu ({self.arch or platform.machine()})"
@@ -52,7 +60,7 @@ class CpuDevice:
         """Allocates a tensor of zero bits. Memory is committed by the system only when it is first written."""
         module = ffi()
         size = math.prod(shape) * module.dtype(dtype).itemsize
-        memory = np.zeros(size + _ALIGNMENT, "uint8")
+        memory = _small_pages(size + _ALIGNMENT) if size >= _LARGE else np.zeros(size + _ALIGNMENT, "uint8")
         begin = -memory.ctypes.data % _ALIGNMENT
         tensor = module.from_dlpack(memory[begin : begin + size])
         return self._view(tensor, module.Shape([int(d) for d in shape]), module.dtype(dtype), 0)
@@ -274,6 +282,17 @@ def open_device(device: str | None, kind: str, archs: Sequence[str]) -> tuple[st
             f"Compile it with --target cuda:sm_{capability[0]}{capability[1]}."
         )
     return "cuda", lambda: CudaDevice(driver, index)
+
+
+def _small_pages(size: int) -> np.ndarray:
+    """Bytes of zero that take memory 4 KiB at a time, as they are written.
+
+    numpy asks for pages of 2 MiB, of which a cache of many layers would have one in each before it holds anything.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without large pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, "uint8")
 
 
 def nbytes(tensor: Any) -> int:

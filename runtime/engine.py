@@ -45,6 +45,7 @@ class Engine:
         """Use ``Engine.load``."""
         self.manifest: Manifest = artifact.manifest
         self._device = device
+        device.limit_prefill(self.manifest.forward_tokens)
         with device.stream():
             self._model = Model(artifact, device)
             tokens = cache_tokens or default_tokens(self.manifest, device, max_batch)

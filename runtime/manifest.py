@@ -62,6 +62,7 @@ class Manifest:
     cache_dtype: str
     cache_layers: tuple[CacheLayer, ...]
     forward: str
+    forward_tokens: int | None  # of one call at most
     decode: Mapping[int, str]
     sample: str
     repetition_penalty: str
@@ -185,6 +186,7 @@ def read_manifest(path: pathlib.Path) -> Manifest:
             for c in cache.children("layers")
         ),
         forward=entries.text("forward"),
+        forward_tokens=_optional_count(entries, "forward_tokens"),
         decode=_decode(entries),
         sample=entries.text("sample"),
         repetition_penalty=entries.text("repetition_penalty"),
@@ -271,6 +273,10 @@ def _token_list(reader: _Reader, key: str, vocab: int) -> tuple[int, ...]:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab:
             raise reader.error(key, f"has {value!r}, which is not a token of the vocabulary of {vocab}")
     return tuple(values)
+
+
+def _optional_count(reader: _Reader, key: str) -> int | None:
+    return None if reader.get(key, int, optional=True) is None else reader.integer(key, 1)
 
 
 def _strings(reader: _Reader, key: str) -> list[str]:

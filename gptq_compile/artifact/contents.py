@@ -86,6 +86,7 @@ def manifest(
         },
         "entries": {
             "forward": "forward",
+            "forward_tokens": lowered[0].tokens,
             "decode": {str(b): name for b, name in lowered[0].decode.items()},
             **{name: name for name in ("sample", "repetition_penalty", "mark_seen", "advance")},
         },

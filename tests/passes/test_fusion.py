@@ -135,3 +135,34 @@ def test_what_is_told_is_what_is_lowered():
     assert why
     for refused in why.values():
         assert "clusters" in refused["cuda.decode_attention"]
+
+
+def _grows(name: str, target: Target) -> tuple[int, int]:
+    """Allocations of ``forward`` whose size depends on the tokens of a call, and all that keep what is on the way."""
+    from gptq_compile.kernels.tvm_env import relax, tvm
+
+    module = lower_to_relax(_program(name, target), target, [1], sampling=False).module
+    passes = relax_passes(target)
+    last = [str(p.info.name) for p in passes].index("StaticPlanBlockMemory")
+    with target.tvm():
+        function = tvm.transform.Sequential(passes[: last + 1])(module)["forward"]
+    tokens = function.params[0].ty.shape[0]
+    sizes = []
+
+    def visit(node: object) -> None:
+        if isinstance(node, tvm.ir.Call) and str(getattr(node.op, "name", "")).endswith(
+            ("memory.alloc_storage", "builtin.alloc_tensor")
+        ):
+            sizes.append(list(node.args[0].values))
+
+    relax.analysis.post_order_visit(function, visit)
+    variables = tvm.tirx.analysis.undefined_vars
+    return sum(any(v.same_as(tokens) for d in size for v in variables(d)) for size in sizes), len(sizes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_prompts_of_any_length_use_the_same_temporaries_on_the_cpu(name):
+    grows, all_of_them = _grows(name, CPU)
+    assert grows == 0 and all_of_them > 3
+    if name == "llama":
+        assert _grows(name, OLDER)[0] > 3, "what is counted is not what grows"
