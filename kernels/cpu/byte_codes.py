@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes as bytes: what the 8-bit dot products of x86 take, made of the words that `words` packs.
+"""Codes as bytes: what the 8-bit dot products of x86 and ARM take, made of the words that `words` packs.
 
-A dot product takes 32-bit lanes of four unsigned bytes (codes) and four signed bytes (activations). The words of a
-block give such lanes by a shift and an AND, because fields of 2, 4 and 8 bits repeat every byte. Of the five pairs of
-3-bit codes in a word four lie in bytes of their own once the upper bytes are moved by one bit; the others are put
-together from several words. Which four codes share a lane follows from that: it is `order`, and activations are stored
-in the same order.
+A dot product takes 32-bit lanes of four unsigned bytes (codes; ARM's are signed) and four signed bytes (activations).
+The words of a block give such lanes by a shift and an AND, because fields of 2, 4 and 8 bits repeat every byte. Of the
+five pairs of 3-bit codes in a word four lie in bytes of their own once the upper bytes are moved by one bit; the others
+are put together from several words. Which four codes share a lane follows from that: it is `order`, and activations are
+stored in the same order.
 
 A code need not be moved to the foot of its byte: sums of products with codes times 2**s are as exact, and a shift of
 the sum makes up for a shift of every word. `free_shifts` says which vectors that saves an instruction.
@@ -40,7 +40,7 @@ def order(bits: int) -> tuple[int, ...]:
 def free_shifts(target: Target, bits: int) -> tuple[int, ...]:
     """For each vector of a block, how far left of the byte's foot its codes may stay; 0 is among them.
 
-    AVX2 adds two products in 16 bits, so that shifted codes may reach 128 there.
+    AVX2 adds two products in 16 bits and ARM's bytes are signed, so that shifted codes stay below 128 there.
     """
     if bits == 3:
         return (0, 3) * 3 + (0, 0)
@@ -89,25 +89,31 @@ def byte_vectors(words: list[Expr], bits: int, lanes: int, shifts: tuple[int, ..
 
 def width(target: Target) -> int:
     """32-bit lanes of the widest dot product of a target."""
+    if target.is_arm:
+        return 4
     return 16 if target.has("avx512vnni") else 8
 
 
 def why_not(target: Target) -> Refusal | None:
     """Why there is no 8-bit dot product for a target, or None."""
-    return None if target.has("avx2") else Refusal("is for x86-64 processors with AVX2 or AVX-512 VNNI")
+    if target.has("dotprod") or target.has("avx2"):
+        return None
+    return Refusal("is for x86-64 processors with AVX2 or AVX-512 VNNI and for 64-bit ARM with dotprod")
 
 
 def dot(target: Target, bits: int, total: Expr, codes: Expr, values: Expr) -> Expr:
     """``total`` + the sum of codes * values over the four bytes of each 32-bit lane, exactly.
 
     Args:
-        target: decides between one instruction (vpdpbusd) and three.
+        target: decides between one instruction (vpdpbusd, sdot) and three.
         bits: of the codes, which are unsigned and may be times 2**`free_shifts`.
         total: int32 vector of `width` lanes. ``codes``: uint32. ``values``: int32, four int8 each within `LARGEST`.
     """
     ir = script()
     lanes = width(target)
 
+    if lanes == 4:
+        return _signed_dot(bits, total, codes, values)
     if lanes == 16:
         parts = (ir.reinterpret("int8x64", part) for part in (codes, values))
         return ir.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *parts)
@@ -124,3 +130,24 @@ def dot(target: Target, bits: int, total: Expr, codes: Expr, values: Expr) -> Ex
     mask = ir.Broadcast(ir.uint32(0x0F0F0F0F), lanes)
     high = (codes >> ir.Broadcast(ir.uint32(4), lanes)) & mask
     return total + pairs(codes & mask, 1) + pairs(high, 16)
+
+
+def _signed_dot(bits: int, total: Expr, codes: Expr, values: Expr) -> Expr:
+    """`dot` for ARM, whose instruction takes signed bytes: codes of 8 bits are their lower seven and the highest."""
+    if bits < 8:
+        return _sdot(total, codes, values)
+    ir = script()
+
+    def constant(value: int, dtype: str) -> Expr:
+        return ir.Broadcast(getattr(ir, dtype)(value), 4)
+
+    highest = (codes >> constant(7, "uint32")) & constant(0x01010101, "uint32")
+    lower = _sdot(total, codes & constant(0x7F7F7F7F, "uint32"), values)
+    return lower + (_sdot(constant(0, "int32"), highest, values) << constant(7, "int32"))
+
+
+def _sdot(total: Expr, codes: Expr, values: Expr) -> Expr:
+    """SDOT Vd.4S, Vn.16B, Vm.16B (ARM architecture reference manual, C7.2): four products of signed bytes a lane."""
+    ir = script()
+    parts = (ir.reinterpret("int8x16", part) for part in (codes, values))
+    return ir.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, *parts)

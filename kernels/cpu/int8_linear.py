@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized linear layers on the CPU with activations rounded to 8 bits (see `int8_rows`).
 
-Four codes a lane are multiplied by four activations and added up at once (vpdpbusd; three instructions with AVX2). The
-sum over a piece is an exact integer, and becomes scale_w * scale_x * (sum(x * code) - zero * sum(x)) in float32.
+Four codes a lane are multiplied by four activations and added up at once (vpdpbusd, on ARM sdot; three instructions
+with AVX2). The sum over a piece is an exact integer, and becomes scale_w * scale_x * (sum(x * code) - zero * sum(x)) in
+float32.
 
 Few rows, known at compile time, share the codes as they come out of their words. Otherwise a tile of 16 weight rows is
 unpacked into bytes, which stay in the cache while blocks of rows are multiplied by them.
@@ -23,7 +24,7 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import block_codes, block_words
 
 FEW_ROWS = 8
-BLOCK_ROWS = {16: 12, 8: 4}
+BLOCK_ROWS = {16: 12, 8: 4, 4: 4}
 """Rows that are multiplied at once, by lanes of the target: their sums fill the registers."""
 CHUNK_BYTES = 1 << 19
 """Activations that stay in the cache while all tiles pass by."""

@@ -47,9 +47,13 @@ def operands(case: Case, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def run_linear(
-    kernels: tuple[Kernel, ...], case: Case, target: Target, x: np.ndarray, codes: np.ndarray, zeros: np.ndarray | None
-) -> Ran:
-    """Runs the first of the kernels that takes the case, with random scales and bias, into a poisoned output."""
+    kernels: tuple[Kernel, ...], case: Case, target: Target, x: np.ndarray, codes: np.ndarray,
+    zeros: np.ndarray | None, machine: Target | None = None,
+) -> Ran:  # fmt: skip
+    """Runs the first of the kernels that takes the case, with random scales and bias, into a poisoned output.
+
+    ``machine`` is what code is generated for, if not the target that the kernel was written for.
+    """
     rng = np.random.default_rng(0)
     n, k, bits = case["out_features"], case["in_features"], case["bits"]
     grouping = Grouping.of(bits, k, case["group_size"])
@@ -59,7 +63,7 @@ def run_linear(
     group = np.arange(k) // grouping.group_size
     weight = scales.astype(np.float64)[:, group] * (codes - zero[:, group])
     kernel = select(case, target, kernels).kernel
-    library = tvm.compile(kernel.prim_func(case, target), target=target.tvm())
+    library = tvm.compile(kernel.prim_func(case, target), target=(machine or target).tvm())
     out = tvm.runtime.tensor(np.full((len(x), n), np.nan, case.get("out_dtype", case.dtype)))
     packed = layout_for(case, target).pack(case, codes, scales, zeros)
     arguments = [x, *packed.values(), *([bias] if case["has_bias"] else [])]

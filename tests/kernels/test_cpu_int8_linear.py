@@ -13,6 +13,7 @@ from gptq_compile.kernels.cpu import byte_codes
 from gptq_compile.kernels.cpu.int8_linear import KERNELS
 from gptq_compile.kernels.cpu.int8_rows import PIECE
 from gptq_compile.kernels.registry import Case, select
+from gptq_compile.kernels.script import script
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
 from gptq_compile.kernels.words import Grouping
@@ -20,6 +21,7 @@ from tests.kernels.cpu_linears import linear_case, nmse, operands, run_linear
 
 AVX2 = Target.parse("cpu")
 VNNI = Target.parse("cpu:x86-64-v4+avx512vnni")
+ARM = Target.parse("cpu:aarch64+dotprod")
 
 
 @functools.cache
@@ -47,17 +49,30 @@ def _rounded(x: np.ndarray, grouping: Grouping) -> np.ndarray:
     return result
 
 
+def _portable_sdot(total: Any, codes: Any, values: Any) -> Any:
+    """What ARM's instruction does, for any processor: four products of signed bytes in each lane of 32 bits."""
+    ir = script()
+    for byte in range(4):
+        up, down = (ir.Broadcast(ir.int32(n), 4) for n in (24 - 8 * byte, 24))
+        code, value = ((ir.reinterpret("int32x4", part) << up) >> down for part in (codes, values))
+        total = total + code * value
+    return total
+
+
 def _run(target: Target, case: Case, x: np.ndarray, codes: np.ndarray, zeros: np.ndarray | None) -> tuple:
     """Returns (kernel output, reference on rounded activations, reference)."""
     if target is VNNI and not _runs_vnni():
         pytest.skip("this processor has no AVX-512 VNNI")
-    ran = run_linear(KERNELS, case, target, x, codes, zeros)
+    with pytest.MonkeyPatch.context() as patch:
+        if target is ARM:
+            patch.setattr(byte_codes, "_sdot", _portable_sdot)
+        ran = run_linear(KERNELS, case, target, x, codes, zeros, AVX2 if target is ARM else None)
     with np.errstate(invalid="ignore"):
         rounded = _rounded(x, Grouping.of(case["bits"], case["in_features"], case["group_size"]))
     return ran.got, ran.reference(rounded), ran.reference(x)
 
 
-@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize("target", (AVX2, VNNI, ARM), ids=str)
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 @pytest.mark.parametrize(
     ("group", "k", "n", "rows", "static"),
@@ -72,7 +87,7 @@ def test_matches_float64(target, bits, group, k, n, rows, static):
     assert nmse(got, exact) < 2e-4
 
 
-@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize("target", (AVX2, VNNI, ARM), ids=str)
 def test_rows_beyond_one_chunk_of_the_cache(target, monkeypatch):
     monkeypatch.setattr("gptq_compile.kernels.cpu.int8_linear.CHUNK_BYTES", 64 * 24)
     case = _case(4, 32, 64, 32, None)
@@ -80,7 +95,7 @@ def test_rows_beyond_one_chunk_of_the_cache(target, monkeypatch):
     assert nmse(got, same_rounding) < 1e-11
 
 
-@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize("target", (AVX2, VNNI, ARM), ids=str)
 @pytest.mark.parametrize(("code", "zero"), [(255, 0), (0, 255), (255, 255)])
 def test_the_largest_sums_are_exact(target, code, zero):
     case = _case(8, -1, 512, 16, 2)
@@ -90,7 +105,7 @@ def test_the_largest_sums_are_exact(target, code, zero):
     np.testing.assert_allclose(got, exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize("target", (AVX2, VNNI), ids=str)
+@pytest.mark.parametrize("target", (AVX2, VNNI, ARM), ids=str)
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_codes_that_stay_shifted_do_not_saturate(target, bits):
     case = _case(bits, -1, 512, 16, 1)

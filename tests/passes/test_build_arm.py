@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import pytest
 
 from gptq_compile.errors import BuildError
 from gptq_compile.kernels import toolchain
+from gptq_compile.kernels.cpu import byte_codes
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.runtime_libs import runtime_libraries
 from gptq_compile.kernels.target import Target
-from gptq_compile.kernels.tvm_env import relax
+from gptq_compile.kernels.tvm_env import relax, tvm
 from gptq_compile.passes.build import build
 
 ARM = Target.parse("cpu:aarch64+dotprod")
 _EM_AARCH64 = 183  # ELF for the ARM 64-bit architecture, section 4.1
+_SDOT = (0xFFE0FC00, 0x4E809400)  # SDOT Vd.4S, Vn.16B, Vm.16B (the same), and with one lane of Vm
+_SDOT_LANE = (0xFFC0F400, 0x4F80E000)
 _FMLA = (0xFFE0FC00, 0x4E20CC00)  # FMLA Vd.4S, Vn.4S, Vm.4S (ARM architecture reference manual, C7.2)
 
 
@@ -59,7 +63,31 @@ def test_kernels_become_arm_machine_code(tmp_path: Path) -> None:
         assert data[:4] == b"\x7fELF" and int.from_bytes(data[18:20], "little") == _EM_AARCH64, path.name
         code += data[: len(data) // 4 * 4]
     words = np.frombuffer(code, "<u4")
-    assert int(((words & _FMLA[0]) == _FMLA[1]).sum()) > 50, "sums are not vectors"
+    assert _count(words, _FMLA) > 50, "sums are not vectors"
+    assert _count(words, _SDOT) + _count(words, _SDOT_LANE) > 100, "bytes are not multiplied four at a time"
+
+
+def _count(words: np.ndarray, pattern: tuple[int, int]) -> int:
+    """How many instructions are of a kind, given as mask and bits."""
+    return int(((words & pattern[0]) == pattern[1]).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 4, None])
+def test_dot_products_are_taken_where_the_processor_has_them(bits: int, rows: int | None) -> None:
+    case = Case.make(
+        "quant_linear", "float32", rows, bits=bits, activations="int8", in_features=192, out_features=40,
+        group_size=64, has_zeros=True, has_bias=False,
+    )  # fmt: skip
+    name = "cpu.quant_linear.int8_few" if rows else "cpu.quant_linear.int8_many"
+    chosen = select(case, ARM)
+    assert chosen.kernel.name == name
+    assembly = tvm.compile(chosen.kernel.prim_func(case, ARM), target=ARM.tvm()).mod.inspect_source("asm")
+    # A block of codes is some vectors of four a lane; a tile of 16 rows is four registers for each of them.
+    vectors = 4 * len(byte_codes.free_shifts(ARM, bits))
+    assert len(re.findall(r"\tsdot\tv", assembly)) >= vectors * (rows or 1)
+    without = select(case, Target.parse("cpu:aarch64"))
+    assert without.kernel.name != name and "dotprod" in dict(without.refused)[name]
 
 
 def test_what_linking_for_arm_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
