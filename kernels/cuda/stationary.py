@@ -22,15 +22,20 @@ from gptq_compile.kernels.cuda.stream import Shape
 
 MAX_ROWS = 16
 LONG = 8192
-"""Features from which on two rows are enough to be faster than `stream`, with fewer features four."""
-MOST_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 6: 11, 8: 8}
+"""Features from which on fewer rows are enough to be faster than `stream`."""
+MOST_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 6: 11, 7: 8, 8: 8}
 """Fragments of 128 k x 8 rows that a warp keeps, 16 registers a lane each -> warps for which the registers suffice."""
+FEW_KEPT = 32
+"""Fragments of 128 k x 8 rows, 2 KB each, that a block is to read of activations at most where K is shared anyway."""
+SMALL_SLOTS = 16 << 10
+"""Bytes of a block's slot below which rings are as deep as they fit: the memory must have enough to do."""
 SHARE_BYTES = 64 << 10
 """Of sums that a block is sent by the others of its cluster before it stores them."""
 MANY_TILES = 8
-"""Tiles of a block from which on half of its rings is filled before activations are requested."""
-AT_ONCE = {1: 132, 2: 66, 3: 39, 4: 30}
-"""Blocks of a cluster -> clusters that an H200 runs at once, one block a multiprocessor (as CUDA reports them)."""
+"""Tiles of a block from which on warps let each other go ahead by one."""
+AT_ONCE = {1: 132, 2: 66, 4: 30}
+"""Blocks of a cluster -> clusters that an H200 runs at once, one block a multiprocessor (as CUDA reports them).
+Those of three (39 at once) and of eight (15) were slower."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,23 @@ class Config:
         units: U, units of 128 k of each.
         splits: C, blocks of a cluster, which share K.
         depth: D, slots of a warp's ring.
-        early: slots that are filled before activations are requested, which wait behind them.
-        in_turn: warps fill the rest of their rings side by side, slot by slot, and not each by itself.
+        early: halves of slots that are requested before the activations, which wait behind them.
+        later: a warp waits for the others' part of a tile when it has multiplied the next one, not before.
     """
 
     warps: int
     units: int
     splits: int
     depth: int
-    early: int = 1
-    in_turn: bool = True
+    early: int = 2
+    later: bool = False
+
+
+def rows_of_stream(in_features: int, bits: int) -> int:
+    """Returns up to how many rows `stream` is faster, as measured: its integers gain with few bits."""
+    if in_features < LONG:
+        return 3 if bits == 4 else 4
+    return {2: 3, 3: 4}.get(bits, 2)
 
 
 def slot_bytes(shape: Shape, config: Config) -> int:
@@ -69,7 +81,7 @@ def shared_bytes(shape: Shape, config: Config) -> int:
     rows = -(-shape.rows // 8) * 8
     partial = 2 * config.warps * 16 * (rows + 2) * 4
     shares = shared_turns(shape, config) * 16 * shape.rows * 4 if config.splits > 1 else 0
-    return config.warps * config.depth * slot_bytes(shape, config) + partial + shares
+    return config.warps * config.depth * slot_bytes(shape, config) + partial + shares + 16
 
 
 def shared_turns(shape: Shape, config: Config) -> int:
@@ -90,7 +102,7 @@ def divisions(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Iterator[C
     columns = -(-shape.rows // 8)
     for splits in AT_ONCE if sharing else (1,):
         share = -(-shape.units // splits)
-        for units in (1, 2, 3, 4):
+        for units in (1, 2, 3, 4, 7, 8):
             warps = -(-share // units)
             if warps > MOST_WARPS.get(units * columns, 0) or (warps < 4 and units > 1):
                 continue
@@ -104,18 +116,31 @@ def divisions(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Iterator[C
 def choose(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Config | None:
     """Returns the division that is taken, or None if nothing fits.
 
-    As few blocks share K as the registers allow, and as few warps, from seven on: they cost a barrier and sums. Rings
-    of more than three slots are filled slot by slot. Measured on an H200 with 4 bits (benchmarks/RESULTS.md).
+    If one block cannot hold the activations, as few share K as leave `FEW_KEPT` fragments to each, or as the registers
+    allow; and as few warps, from seven on, that leave none idle: they cost a barrier and sums. Weights of few slots are
+    under way: activations wait behind those that are requested before them and share what L2 delivers with those
+    after. Measured on an H200 with 2 to 4 bits (benchmarks/RESULTS.md).
     """
     found = [config for config in divisions(shape, archs, sharing) if config.depth >= 3]
     if not found:
         return None
+    columns = -(-shape.rows // 8)
     splits = min(config.splits for config in found)
-    fitting = sorted((config for config in found if config.splits == splits), key=lambda config: config.warps)
-    taken = next((config for config in fitting if config.warps >= 7), fitting[-1])
+    if splits > 1:
+        kept = {config.splits: -(-shape.units // config.splits) * columns for config in found}
+        splits = min((count for count in kept if kept[count] <= FEW_KEPT), default=splits)
+    fitting = sorted(
+        (config for config in found if config.splits == splits),
+        key=lambda config: (config.warps < 7, config.warps * config.units, config.warps),
+    )
+    taken = fitting[0] if fitting[0].warps >= 7 else max(fitting, key=lambda config: config.warps)
     many = shape.row_tiles // shape.halves >= MANY_TILES * clusters(shape, taken)
-    early = taken.depth // 2 if many else 1
-    return dataclasses.replace(taken, early=early, in_turn=taken.depth > 3)
+    early, most = (2, 3) if splits > 1 else (2, 5) if many else (1, 3)
+    if many and splits == 1 and shape.rows <= 8 and shape.grouping.bits == 4:
+        early = 4
+    if taken.warps * slot_bytes(shape, taken) >= SMALL_SLOTS:
+        taken = dataclasses.replace(taken, depth=min(taken.depth, most))
+    return dataclasses.replace(taken, early=early, later=shape.dependent and many)
 
 
 def source(
@@ -129,20 +154,29 @@ def source(
 ) -> str:
     """Returns CUDA text with ``name::run(x, q, scales, [zeros], [bias], [residual], out, shared)``."""
     bits, grouping = shape.grouping.bits, shape.grouping
+    early = min(config.early, 2 * (config.depth - 1))
+    if config.units * bits % 4:
+        early += early % 2  # a half is not whole pieces of 512 bytes
     constants = {
         "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
         "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run, "TILES": shape.row_tiles,
         "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
         "W": config.warps, "U": config.units, "C": config.splits, "D": config.depth,
         "CLUSTERS": clusters(shape, config), "SHARED_TURNS": shared_turns(shape, config),
-        "SLOT": slot_bytes(shape, config), "EARLY": min(config.early, config.depth - 1), "IN_TURN": int(config.in_turn),
-        "SETS": tile_source.sets(bits), "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
+        "SLOT": slot_bytes(shape, config), "EARLY": early // 2, "HALF": early % 2,
+        "BARRIER_AT": shared_bytes(shape, config) - 16, "SETS": tile_source.sets(bits),
+        "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
         "LOW": 24 - tile_source.exponent(bits, 0), "HIGH": 24 - tile_source.exponent(bits, 1),
     }  # fmt: skip
     text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
     both = "gate += __half2float(bias[row]); r += __half2float(bias[OUTS + row]);"
     values = {
-        "@TURN@": stationary_body.TURN_NATURAL if natural else "",
+        "@TAKE@": stationary_body.TAKE_NATURAL if natural else stationary_body.TAKE,
+        "@LINES@": str(natural).lower(),
+        "@MAKE_BARRIER@": stationary_body.MAKE_BARRIER if config.later else "",
+        "@BARRIER_MADE@": "__syncthreads();" if config.later else "",
+        "@REACH_BARRIER@": stationary_body.REACH_BARRIER if config.later else "__syncthreads();",
+        "@PASS_BARRIER@": stationary_body.PASS_BARRIER if config.later else "",
         "@HAS_ZEROS@": str(shape.has_zeros).lower(),
         "@ZEROS@": "const unsigned char* __restrict__ zeros, " if shape.has_zeros else "",
         "@ZEROS_POINTER@": "zeros" if shape.has_zeros else "nullptr",
@@ -166,4 +200,5 @@ def source(
     head = tile_source.PTX + tile_source.COMMON + tile_source.fragments(bits)
     # What is for clusters is named in code that is not compiled for one block.
     head += (tile_source.LAUNCH if shape.dependent else "") + tile_source.CLUSTER
+    head += tile_source.BARRIERS if config.later else ""
     return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"

@@ -3,18 +3,32 @@
 
 from __future__ import annotations
 
-TURN_NATURAL = """        // Of four neighbouring pieces a lane multiplies the same word: four lanes turn 4 x 4 words.
-        const bool one = c % 2, two = c / 2;
+TAKE = """#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        unsigned* to = b[y][t][i / 2] + i % 2 * 4;
+        const uint4 v = raw[y][t][i];
+        to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
+      }
+"""
+
+TAKE_NATURAL = """      // Through the slot that is filled last, as matrices of eight tokens and eight k.
+      unsigned char* room = ring + (D - 1) * SLOT;
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          const unsigned other = __shfl_xor_sync(0xffffffffu, one ? w[j] : w[j + 1], 1);
-          if (one) w[j] = other; else w[j + 1] = other;
-        }
+      for (int round = 0; round < ROUNDS; ++round) {
+        __syncwarp();
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const unsigned other = __shfl_xor_sync(0xffffffffu, two ? w[j] : w[j + 2], 2);
-          if (two) w[j] = other; else w[j + 2] = other;
+        for (int i = 0; i < 4; ++i) {
+          const int column = lane % 16 - round * (16 / ROUNDS);
+          if (ROUNDS == 1 || (column >= 0 && column < 16 / ROUNDS))
+            *reinterpret_cast<uint4*>(room + column * 128 + (2 * i + lane / 16 + column) % 8 * 16) = raw[y][t][i];
         }
+        __syncwarp();
+#pragma unroll
+        for (int i = round * 4 / ROUNDS; i < (round + 1) * 4 / ROUNDS; ++i) {
+          const int column = 4 * i + lane / 8 - round * (16 / ROUNDS);
+          gq_matrices(b[y][t][i / 2] + i % 2 * 4, room + column * 128 + (lane + column) % 8 * 16);
+        }
+      }
 """
 
 BODY = """
@@ -24,6 +38,9 @@ constexpr int OUTS = GATED ? N / 2 : N, SUPERS = GATED ? TILES / 2 : TILES;
 constexpr int TURN = U * BITS * 256, GRIDS = U * RUNS, SCALE_AT = TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
 constexpr int PER_BLOCK = (UNITS + C - 1) / C, PART = 16 * COLUMNS;
 constexpr int PARTIAL_AT = W * D * SLOT, RESULTS_AT = PARTIAL_AT + 2 * W * PART * 4;
+// Turns in which eight tokens of a unit of activations pass through a slot.
+constexpr int ROUNDS = TURN < 1024 ? 4 : TURN < 2048 ? 2 : 1;
+constexpr bool LINES = @LINES@;
 constexpr int ITEMS = 16 * NT * 8, KEPT = (ITEMS + THREADS - 1) / THREADS;
 constexpr int HALVES = GATED ? 2 : 1;
 
@@ -38,6 +55,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   float* partial = reinterpret_cast<float*>(shared + PARTIAL_AT);
   float* results = reinterpret_cast<float*>(shared + RESULTS_AT);
   const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
+  @MAKE_BARRIER@
   @LET_NEXT_START@
 
   // The units of K that are this warp's for all tiles, and the tiles in the order in which this block takes them.
@@ -52,16 +70,18 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   constexpr int GRID_TURNS = (2 * GRIDS + 15) / 16;
   const bool is_zero = HAS_ZEROS && lane >= 16;
   int next = 0, slot = 0;
-  auto fetch = [&]() {
+  // From byte `low` of the next tile up to `high`, at its end with its scales and zero points.
+  auto request = [&](int low, int high) {
     if (next < turns && (WHOLE || mine > 0)) {
       unsigned char* to = ring + slot * SLOT;
       const long long tile = super_of(next) + (GATED ? next % 2 * SUPERS : 0);
       const char* weights = from + tile * (CHUNKS * BITS * 128);
 #pragma unroll
       for (int at = 0; at < TURN; at += 512)
-        if (WHOLE || at + lane * 16 < left) gq_copy16(to + at + lane * 16, weights + at);
+        if (at >= low && at < high && (WHOLE || at + lane * 16 < left)) gq_copy16(to + at + lane * 16, weights + at);
 #pragma unroll
       for (int i = 0; i < GRID_TURNS; ++i) {
+        if (high < TURN) continue;
         const int number = is_zero ? i * 16 + lane - 16 : i * 8 + lane % 16 / 2;
         const int code = first * 128 + number * RUN;
         const int group = GROUPS == 1 ? 0 : code / GROUP < GROUPS ? code / GROUP : GROUPS - 1;
@@ -71,12 +91,20 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
           gq_copy16(to + (is_zero ? ZERO_AT + number * 16 : SCALE_AT + i * 256 + lane * 16), grid);
       }
     }
+  };
+  auto advance = [&]() {
     ++next;
     gq_commit();
     slot = slot + 1 == D ? 0 : slot + 1;
   };
+  auto fetch = [&]() {
+    request(0, TURN);
+    advance();
+  };
 #pragma unroll
   for (int i = 0; i < EARLY; ++i) fetch();
+  // Of the next tile a half, where all of it would hold up the activations behind it.
+  if (HALF) request(0, TURN / 2);
 
   // Activations as fragments, and their sums over groups for the two columns whose results this lane has.
   @WAIT_FOR_PREVIOUS@
@@ -89,42 +117,36 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
     for (int t = 0; t < NT; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int token = t * 8 + g, k = (first + y) * 128 + i * 32 + 8 * c;
+        // Whole lines of two tokens, or what is this lane's of eight of them.
+        const int token = t * 8 + (LINES ? 2 * i + lane / 16 : g);
+        const int k = (first + y) * 128 + (LINES ? lane % 16 * 8 : i * 32 + 8 * c);
         raw[y][t][i] = make_uint4(0u, 0u, 0u, 0u);
         if (token < M && y < mine && k < K) raw[y][t][i] = gq_read16(x + (long long)token * K + k);
       }
   // Tile by tile, or the first warp's whole ring would come before the last warp's first slot.
 #pragma unroll
   for (int i = EARLY; i < D - 1; ++i) {
-    if (IN_TURN) __syncthreads();
-    fetch();
+    __syncthreads();
+    request(HALF && i == EARLY ? TURN / 2 : 0, TURN);
+    advance();
   }
 #pragma unroll
   for (int y = 0; y < U; ++y)
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
-      float sums[RUNS] = {};
+@TAKE@      // Sums are products with ones.
+      const unsigned ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+      float sums[RUNS][4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4 v = raw[y][t][i];
-        unsigned w[4] = {v.x, v.y, v.z, v.w};
+      for (int step = 0; step < 8; ++step)
+        gq_mma4(sums[step * RUNS / 8], ones, b[y][t][step / 4][step % 4 * 2], b[y][t][step / 4][step % 4 * 2 + 1]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) { float2 f = gq_floats(w[j]); sums[i * RUNS / 4] += f.x + f.y; }
-@TURN@        unsigned* to = b[y][t][i / 2] + i % 2 * 4;
+      for (int run = 0; run < RUNS; ++run)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) to[j] = w[j];
-      }
-#pragma unroll
-      for (int run = 0; run < RUNS; ++run) {
-        float s = sums[run];
-        s += __shfl_xor_sync(0xffffffffu, s, 1);
-        s += __shfl_xor_sync(0xffffffffu, s, 2);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          minus[y][t][run][i] = __shfl_sync(0xffffffffu, s, (2 * c + i) * 4) * (HAS_ZEROS ? 1.f : float(ZERO));
-      }
+        for (int i = 0; i < 2; ++i) minus[y][t][run][i] = sums[run][i] * (HAS_ZEROS ? 1.f : float(ZERO));
     }
   @CLUSTER_BARRIER@
+  @BARRIER_MADE@
 
   int use = 0, parity = 0, turn = 0, begin = 0;
   float gates[GATED ? KEPT : 1], added[KEPT], added_next[KEPT];
@@ -214,6 +236,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
       }
     }
     // The tile before is added up here, so that its loads pass while this one is multiplied.
+    if (turn > 0) { @PASS_BARRIER@ }
     add_up(turn - 1, turn > begin);
     parity ^= 1;
     float* own = partial + (parity * W + warp) * PART + g * COLUMNS + 2 * c;
@@ -225,8 +248,9 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
         const float2 v = make_float2(total[t][i] * power, total[t][i + 1] * power);
         *reinterpret_cast<float2*>(own + i * 4 * COLUMNS + t * 8) = v;
       }
-    __syncthreads();
+    @REACH_BARRIER@
   }
+  if (turn > 0) { @PASS_BARRIER@ }
 #pragma unroll
   for (int n = 0; n < KEPT; ++n) added[n] = added_next[n];
   add_up(turn - 1, true);
@@ -259,3 +283,9 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   }
 }
 """
+
+MAKE_BARRIER = """unsigned long long* bar = reinterpret_cast<unsigned long long*>(shared + BARRIER_AT);
+  if (threadIdx.x == 0) gq_bar_init(bar, W);"""
+REACH_BARRIER = """__syncwarp();
+    if (lane == 0) gq_bar_arrive(bar);"""
+PASS_BARRIER = "gq_bar_wait(bar, (turn - 1) & 1);"

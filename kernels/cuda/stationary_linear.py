@@ -20,7 +20,7 @@ def accepts(case: Case, target: Target) -> Refusal | None:
         return refusal
     if case.rows is None or case.rows > stationary.MAX_ROWS:
         return Refusal(f"is for 1 to {stationary.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
-    few = 2 if case["in_features"] >= stationary.LONG else 4
+    few = stationary.rows_of_stream(case["in_features"], case["bits"])
     if case.rows <= few and not case.get("out_act"):
         return Refusal(f"is slower than stream up to {few} rows of {case['in_features']}")
     refusal = tile_linear.refuse_made(case)

@@ -137,16 +137,23 @@ def limits(archs: tuple[str, ...]) -> list[int]:
     return [SHARED_BYTES.get(int("".join(filter(str.isdigit, arch))), 99 << 10) for arch in archs]
 
 
-def early_turns(shape: Shape, config: Config) -> int:
-    """Returns the turns of weights that a warp requests before the block's activations.
+def early_halves(shape: Shape, config: Config) -> int:
+    """Returns the halves of turns of weights that a warp requests before the block's activations.
 
-    Where codes are multiplied as integers one: none and two were slower for nearly every shape and number of bits.
+    Where codes are multiplied as integers one turn: none and two were slower for nearly every shape and number of bits;
+    a half of long turns of two bits was faster.
     """
     if not shape.dependent:
-        return config.depth - 1
+        return 2 * (config.depth - 1)
     if uses_digits(shape):
-        return 1
-    return max(1, min(config.depth - 1, EARLY_BYTES // (config.tiles * config.splits * slot_bytes(shape, config))))
+        return 1 if _in_long_turns(shape) and config.units == 4 else 2
+    early = EARLY_BYTES // (config.tiles * config.splits * slot_bytes(shape, config))
+    return 2 * max(1, min(config.depth - 1, early))
+
+
+def _in_long_turns(shape: Shape) -> bool:
+    """Whether turns of four units pay although there are few: one row, two bits, long K, at most two tiles a block."""
+    return shape.grouping.bits == 2 and shape.rows == 1 and shape.units >= 64 and shape.row_tiles <= 2 * BLOCKS
 
 
 def _scratch(shape: Shape, config: Config) -> int:
@@ -196,7 +203,8 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
     while True:
         # A ring is of use across tiles, too.
         turns = -(-shape.units // (splits * units)) * -(-each // (tiles * height))
-        for depth in range(min(5, turns + 1), min(3, turns + 1) - 1, -1):
+        most = min(4 if units == 4 and _in_long_turns(shape) else 5, turns + 1)
+        for depth in range(most, min(3, turns + 1) - 1, -1):
             config = Config(tiles, splits, height, depth, units)
             if shared_bytes(shape, config) <= limit:
                 norm = shape.made.kind in stream_input.NORMS
@@ -224,7 +232,7 @@ def _for_digits(shape: Shape, each: int) -> tuple[int, int, int]:
     bits = shape.grouping.bits
     if each <= 3 or shape.units >= 64:
         tiles = min(each, 3 if shape.units < 64 else 2)
-        return tiles, 1, 1 if bits == 8 else 4 if each > 3 and shape.rows == 1 else 2
+        return tiles, 1, 1 if bits == 8 else 4 if (each > 3 and shape.rows == 1) or _in_long_turns(shape) else 2
     if bits == 4 and shape.rows == 1:
         return 4, 2, 2
     tiles = min((4, 6, 7, 8), key=lambda count: -(-each // count) * count)
@@ -267,13 +275,15 @@ def source(
     in `natural` order of k want activations staged in another order.
     """
     bits, grouping = shape.grouping.bits, shape.grouping
+    early = early_halves(shape, config)
     constants = {
         "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
         "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run,
         "TILES": shape.row_tiles, "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
         "STAGED": staged_units(shape, config), "U": config.units,
         "T": config.tiles, "S": config.splits, "R": config.height, "D": config.depth,
-        "SLOT": slot_bytes(shape, config), "SIDE": _side(shape, config), "EARLY": early_turns(shape, config),
+        "SLOT": slot_bytes(shape, config), "SIDE": _side(shape, config), "EARLY": early // 2,
+        "HALF": early % 2,
         "SETS": tile_source.sets(bits), "COLUMNS": _columns(shape),
         "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
         "MOST_HELD": stream_input.MOST_HELD[shape.made.kind], "SCRATCH": _scratch(shape, config),

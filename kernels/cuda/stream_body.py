@@ -65,7 +65,8 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
     }
   };
   aim();
-  auto fetch = [&]() {
+  // From byte `low` of a warp's next turn up to `high`; at its end with scales and zero points.
+  auto fetch = [&](int low = 0, int high = TURN) {
     if (next < SUPERS) {
       unsigned char* to = ring + slot * SLOT;
       constexpr bool WHOLE = CHUNKS % (2 * U) == 0 && TURN % 512 == 0;
@@ -74,18 +75,20 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       for (int r = 0; r < R; ++r) {
 #pragma unroll
         for (int at = 0; at < TURN; at += 512)
-          if (WHOLE || at + lane * 16 < left) gq_copy16(to + r * TURN + at + lane * 16, from[r] + at);
-        from[r] += S * TURN;
+          if (at >= low && at < high && (WHOLE || at + lane * 16 < left))
+            gq_copy16(to + r * TURN + at + lane * 16, from[r] + at);
+        if (high == TURN) from[r] += S * TURN;
       }
 #pragma unroll
       for (int i = 0; i < GRID_TURNS; ++i) {
         const int mine = is_zero ? i * 16 + lane - 16 : i * 8 + lane % 16 / 2;
         const int first = unit * 128 + mine % (U * RUNS) * RUN;
         const int group = GROUPS == 1 ? 0 : first / GROUP < GROUPS ? first / GROUP : GROUPS - 1;
-        if (mine < GRIDS && (HAS_ZEROS || lane < 16))
+        if (high == TURN && mine < GRIDS && (HAS_ZEROS || lane < 16))
           gq_copy16(to + (is_zero ? ZERO_AT + mine * 16 : SCALE_AT + i * 256 + lane * 16),
                     grid[i] + group * (is_zero ? 16 : 32));
       }
+      if (high < TURN) return;
       unit += S * U;
       if (unit >= UNITS) { unit = split * U; next += blocks * T; aim(); }
     }
@@ -94,6 +97,8 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
   };
 #pragma unroll
   for (int i = 0; i < EARLY; ++i) fetch();
+  // Of the next turn a half, where all of it would hold up the activations behind it.
+  if (HALF && next < SUPERS) fetch(0, TURN / 2);
 
   @WAIT_FOR_PREVIOUS@
   if constexpr (KEPT) {
@@ -102,7 +107,7 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       for (int i = 0; i < HELD; ++i) take(held[i], origin, piece(i));
     }
 #pragma unroll
-    for (int i = EARLY; i < D - 1; ++i) fetch();
+    for (int i = EARLY; i < D - 1; ++i) fetch(HALF && i == EARLY ? TURN / 2 : 0);
     if constexpr (STATISTICS) statistics<HELD>(statistics_of, held, reinterpret_cast<float*>(shared + SCRATCH_AT));
 #pragma unroll
     for (int i = 0; i < HELD; i += SIDE) {
@@ -120,7 +125,7 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       for (int i = 0; i < MOST_HELD; ++i) take(some[i], origin, piece(first + i));
       if (first == 0) {
 #pragma unroll
-        for (int i = EARLY; i < D - 1; ++i) fetch();
+        for (int i = EARLY; i < D - 1; ++i) fetch(HALF && i == EARLY ? TURN / 2 : 0);
       }
 #pragma unroll
       for (int i = 0; i < MOST_HELD; i += SIDE) {

@@ -121,6 +121,27 @@ __device__ __forceinline__ float4 gq_remote4(const float* p, int rank) {
 """
 """From sm_90: blocks of a cluster wait for each other and read each other's shared memory."""
 
+BARRIERS = """
+#ifndef GQ_BARRIERS
+#define GQ_BARRIERS
+__device__ __forceinline__ unsigned gq_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void gq_bar_init(unsigned long long* bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(gq_shared(bar)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void gq_bar_arrive(unsigned long long* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(gq_shared(bar)) : "memory");
+}
+__device__ __forceinline__ void gq_bar_wait(unsigned long long* bar, unsigned parity) {
+  unsigned done;
+  do {
+    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\\nselp.u32 %0, 1, 0, p;\\n}"
+                 : "=r"(done) : "r"(gq_shared(bar)), "r"(parity) : "memory");
+  } while (!done);
+}
+#endif
+"""
+"""Barriers in shared memory, which can be passed later than they are reached; sm_90."""
+
 COMMON = """
 #ifndef GQ_TILES
 #define GQ_TILES

@@ -110,7 +110,7 @@ def source(name: str, shape: Shape, config: Config, has_bias: bool, out_type: st
         .replace("@HAS_ZEROS@", "true" if shape.has_zeros else "false")
         .replace("@ZEROS_POINTER@", "zeros" if shape.has_zeros else "nullptr")
     )
-    head = tile_source.PTX + tile_source.CLUSTER + wgmma_source.HOPPER
+    head = tile_source.PTX + tile_source.CLUSTER + tile_source.BARRIERS + wgmma_source.HOPPER
     head += tile_source.COMMON + tile_source.integers(bits)
     return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"
 

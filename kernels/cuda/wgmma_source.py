@@ -12,22 +12,8 @@ TOKENS = (8, 16, 32, 64, 128, 256)
 """The widths of wgmma, in columns of B, that `hopper` writes out."""
 
 _HELPERS = """
-__device__ __forceinline__ unsigned gq_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 // The low half of a descriptor; the high half says swizzle and distance, and is the same for all.
 __device__ __forceinline__ unsigned gq_descriptor(const void* p) { return 1u << 16 | (gq_shared(p) & 0x3ffff) >> 4; }
-__device__ __forceinline__ void gq_bar_init(unsigned long long* bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(gq_shared(bar)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void gq_bar_arrive(unsigned long long* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(gq_shared(bar)) : "memory");
-}
-__device__ __forceinline__ void gq_bar_wait(unsigned long long* bar, unsigned parity) {
-  unsigned done;
-  do {
-    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\\nselp.u32 %0, 1, 0, p;\\n}"
-                 : "=r"(done) : "r"(gq_shared(bar)), "r"(parity) : "memory");
-  } while (!done);
-}
 // What this thread wrote to shared memory becomes visible to wgmma.
 __device__ __forceinline__ void gq_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void gq_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -77,8 +77,8 @@ def test_several_rows_match_float64(
 @pytest.mark.parametrize(
     ("config", "act", "shares"),
     [
-        (stationary.Config(2, 1, 2, 3), "", 1 << 16), (stationary.Config(1, 2, 2, 3, 2), "silu", 4096),
-        (stationary.Config(1, 1, 4, 4, 3, False), "", 2048),
+        (stationary.Config(2, 1, 2, 3), "", 1 << 16), (stationary.Config(1, 2, 2, 3, 4, True), "silu", 4096),
+        (stationary.Config(1, 1, 4, 4, 1, True), "", 2048), (stationary.Config(4, 1, 1, 4, 3, True), "silu", 0),
     ],
 )  # fmt: skip
 def test_blocks_that_share_k_match_float64(

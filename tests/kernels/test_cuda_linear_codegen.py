@@ -374,9 +374,10 @@ def test_refusals_are_words():
     assert reasons == many | HOPPER_ALONE
     reasons = dict(select(_quant_case(4, 128, 65536, 4096, 9), HOPPER, quant_linear.KERNELS).refused)
     assert reasons["cuda.quant_linear.stream"] == "is slower than wgmma from 9 rows on"
-    for k, rows, slower in ((4096, 4, True), (4096, 5, False), (14336, 2, True), (14336, 3, False)):
-        selection = select(_quant_case(4, 128, k, 4096, rows), HOPPER, quant_linear.KERNELS)
-        assert selection.kernel.name == f"cuda.quant_linear.{'stream' if slower else 'stationary'}"
+    for bits, k, most in ((4, 4096, 3), (3, 4096, 4), (4, 14336, 2), (2, 14336, 3), (3, 14336, 4)):
+        for rows, slower in ((most, True), (most + 1, False)):
+            selection = select(_quant_case(bits, 128, k, 4096, rows), HOPPER, quant_linear.KERNELS)
+            assert selection.kernel.name == f"cuda.quant_linear.{'stream' if slower else 'stationary'}"
     reasons = dict(select(_quant_case(4, 128, 256, 8, 9, "float32"), HOPPER, quant_linear.KERNELS).refused)
     assert reasons["cuda.quant_linear.pipeline"] == "needs float16 activations, not float32"
 
@@ -436,4 +437,4 @@ def test_divisions_that_keep_activations_cover_k_and_fit(k, n, rows, archs):
         config = stationary.choose(shape, archs, sharing="sm_80" not in archs)
         assert k > 4096 or archs != ("sm_90",) or config is not None
         if config is not None:
-            assert config.depth >= 3 and 1 <= config.early < config.depth
+            assert config.depth >= 3 and 1 <= config.early <= 2 * config.depth - 2
