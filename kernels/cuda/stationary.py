@@ -26,7 +26,8 @@ LONG = 8192
 MOST_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 6: 11, 7: 8, 8: 8}
 """Fragments of 128 k x 8 rows that a warp keeps, 16 registers a lane each -> warps for which the registers suffice."""
 FEW_KEPT = 32
-"""Fragments of 128 k x 8 rows, 2 KB each, that a block is to read of activations at most where K is shared anyway."""
+"""Fragments of 128 k x 8 rows, 2 KB each, that a block is to read of activations at most where K is shared anyway (not
+with two bits, where instructions are short: clusters of two leave none of the multiprocessors idle)."""
 SMALL_SLOTS = 16 << 10
 """Bytes of a block's slot below which rings are as deep as they fit: the memory must have enough to do."""
 SHARE_BYTES = 64 << 10
@@ -126,7 +127,7 @@ def choose(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Config | None
         return None
     columns = -(-shape.rows // 8)
     splits = min(config.splits for config in found)
-    if splits > 1:
+    if splits > 1 and shape.grouping.bits > 2:
         kept = {config.splits: -(-shape.units // config.splits) * columns for config in found}
         splits = min((count for count in kept if kept[count] <= FEW_KEPT), default=splits)
     fitting = sorted(

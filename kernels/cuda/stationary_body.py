@@ -285,7 +285,6 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
 """
 
 MAKE_BARRIER = """unsigned long long* bar = reinterpret_cast<unsigned long long*>(shared + BARRIER_AT);
-  if (threadIdx.x == 0) gq_bar_init(bar, W);"""
-REACH_BARRIER = """__syncwarp();
-    if (lane == 0) gq_bar_arrive(bar);"""
+  if (threadIdx.x == 0) gq_bar_init(bar, THREADS);"""
+REACH_BARRIER = "gq_bar_arrive(bar);"
 PASS_BARRIER = "gq_bar_wait(bar, (turn - 1) & 1);"
