@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from typing import Any
 
@@ -53,9 +54,12 @@ def load_engine(arguments: argparse.Namespace, max_batch: int = 1) -> Engine:
         if arguments.threads < 1:
             raise RequestError(f"threads is {arguments.threads}; it must be 1 or more.")
         os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
-    return Engine.load(
+    engine = Engine.load(
         arguments.artifact, arguments.device, max_batch, cache_tokens=arguments.cache_tokens, verify=arguments.verify
     )
+    gc.freeze()  # what is there now stays to the end, and need not be looked through
+    gc.enable()
+    return engine
 
 
 def settings(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a check found something (``doctor``); 2 bad input or a mac
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -36,8 +37,9 @@ COMMANDS = {
     "doctor": ("gptq_compile.cli.doctor", "what this machine can do, and how to mend what it cannot"),
 }
 DEFAULT = "compile"
-# Commands that multiply nothing with numpy: threads of its linear algebra would only wait, busily, for the first 50 ms.
-_ONE_BLAS_THREAD = ("run", "chat", "serve", "bench")
+# Commands that are to answer soon. They multiply nothing with numpy, whose threads would only wait, busily, for the
+# first 50 ms; and until the model is loaded (`cli/generation.py`) nothing that they make is garbage.
+_SOON = ("run", "chat", "serve", "bench")
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 
@@ -63,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else DEFAULT
     if not arguments and name == DEFAULT:
         arguments = ["--help"]
-    if name in _ONE_BLAS_THREAD:
+    if name in _SOON:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        gc.disable()
     try:
         with _sigterm_unwinds():
             return int(importlib.import_module(COMMANDS[name][0]).main(arguments))
@@ -85,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         return _fail(sentence or f"Internal error ({type(e).__name__}: {e}). Please report it.", EXIT_ERROR)
+    finally:
+        gc.enable()
 
 
 def explain(error: Exception) -> str | None:

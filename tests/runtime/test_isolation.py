@@ -47,10 +47,14 @@ def test_modules_and_libraries_of_a_runtime_process(artifact: pathlib.Path) -> N
 
 START = textwrap.dedent(
     """
-    import os, sys, time
+    import gc, os, sys
     from gptq_compile.cli.main import main
+    early = []
+    loading = lambda: "gptq_compile.cli.run" in sys.modules and not gc.get_freeze_count()
+    gc.callbacks.append(lambda *_: early.append(1) if loading() else None)
     code = main(["run", sys.argv[1], "hello", "--no-chat", "--ignore-eos", "--max-new-tokens", "4"])
     threads = len(os.listdir("/proc/self/task"))
+    assert gc.isenabled() and gc.get_freeze_count() > 1000 and not early
     print(code, threads, *sorted(sys.modules), file=sys.stderr)
     """
 )
