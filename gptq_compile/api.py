@@ -251,7 +251,7 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 write_checkpoint(program, source, options.quantize, place, form=form, dtype=floats, overwrite=overwrite)
             return _result(options, plan, clock, reports, manager, program)
         with clock("lower"):
-            manager.run(lowering_passes(target, dtype, options.resolved_device), program)
+            manager.run(lowering_passes(target, dtype, options.resolved_device, options.resolved_kv_cache), program)
     except _Stopped:
         return CompileResult(None, plan, clock.seconds, quantize.reports if quantize else [], manager.records)
     from gptq_compile.passes.build import build

@@ -14,6 +14,7 @@ from gptq_compile.report.stored import REPORT
 
 DTYPES = ("float32", "float16")
 ACTIVATIONS = ("int8", "float")
+KV_CACHES = ("float32", "float16", "int8")
 CHECKPOINTS = ("gptq", "gptq_v2")
 ONNX_OPS = ("matmulnbits", "custom")
 FORMATS = ("artifact", *CHECKPOINTS, "onnx")
@@ -38,6 +39,9 @@ class CompileOptions:
         dtype: activation type; by default float32 on the CPU and float16 on CUDA.
         activations: what quantized linears on the CPU multiply: ``int8``, rounded for each group of features, or
             ``float``. By default what is fastest: ``int8`` for float32 on the CPU, and ``float`` elsewhere.
+        kv_cache: type of keys and values kept for later tokens: ``float32``, ``float16``, or ``int8`` with a scale for
+            each token and head. By default ``float16`` for float32 on the CPU, else that of the activations; other
+            types than theirs are for float32 on the CPU.
         batch_buckets: batch sizes that get a decode entry of their own.
         lm_head_bits: to how many bits an output projection that is not quantized with the rest is rounded, 0 for none;
             by default 8 for the CPU, where a step has to read all of it, and 0 elsewhere.
@@ -67,6 +71,7 @@ class CompileOptions:
     calibration: str = "self"
     dtype: str | None = None
     activations: str | None = None
+    kv_cache: str | None = None
     batch_buckets: tuple[int, ...] = (1, 2, 4, 8)
     lm_head_bits: int | None = None
     device: str | None = None
@@ -91,8 +96,15 @@ class CompileOptions:
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
         if self.activations not in (None, *ACTIVATIONS):
             raise ConfigError(f"activations are {self.activations!r}; use one of {', '.join(ACTIVATIONS)}.")
-        if self.activations == "int8" and (self.resolved_target.kind, self.resolved_dtype) != ("cpu", "float32"):
+        if self.activations == "int8" and not self._float_on_cpu:
             raise ConfigError("Activations of 8 bits are for float32 on the CPU; leave --activations out.")
+        if self.kv_cache not in (None, *KV_CACHES):
+            raise ConfigError(f"the KV cache is {self.kv_cache!r}; use one of {', '.join(KV_CACHES)}.")
+        if self.kv_cache not in (None, self.resolved_dtype) and not self._float_on_cpu:
+            raise ConfigError(
+                f"A KV cache of {self.kv_cache} is for float32 on the CPU; here it has the activations' type, "
+                f"{self.resolved_dtype}. Leave --kv-cache out."
+            )
         if not self.batch_buckets or any(b < 1 or b > 256 for b in self.batch_buckets):
             raise ConfigError(f"batch buckets are {list(self.batch_buckets)}; use sizes from 1 to 256.")
 
@@ -131,10 +143,18 @@ class CompileOptions:
         return self.dtype or ("float32" if self.resolved_target.kind == "cpu" else "float16")
 
     @property
+    def _float_on_cpu(self) -> bool:
+        return (self.resolved_target.kind, self.resolved_dtype) == ("cpu", "float32")
+
+    @property
     def resolved_activations(self) -> str:
         """What quantized linears multiply, with the default filled in."""
-        rounded = (self.resolved_target.kind, self.resolved_dtype) == ("cpu", "float32")
-        return self.activations or ("int8" if rounded else "float")
+        return self.activations or ("int8" if self._float_on_cpu else "float")
+
+    @property
+    def resolved_kv_cache(self) -> str:
+        """Type of the KV cache, with the default filled in."""
+        return self.kv_cache or ("float16" if self._float_on_cpu else self.resolved_dtype)
 
     @property
     def resolved_lm_head_bits(self) -> int:
@@ -166,6 +186,7 @@ class CompileOptions:
             "target": str(self.resolved_target),
             "dtype": self.resolved_dtype,
             "activations": self.resolved_activations,
+            "kv_cache": self.resolved_kv_cache,
             "calibration": self.calibration,
             "batch_buckets": list(self.batch_buckets),
             "lm_head_bits": self.resolved_lm_head_bits,

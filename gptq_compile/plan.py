@@ -123,7 +123,8 @@ def _check_pass(options: CompileOptions, program: Program, source: ModelSource) 
 
 def _compiling(options: CompileOptions) -> list[Pass]:
     target, dtype = options.resolved_target, options.resolved_dtype
-    return [*storing_passes(target, dtype, options.resolved_lm_head_bits), *lowering_passes(target, dtype)]
+    stored = storing_passes(target, dtype, options.resolved_lm_head_bits)
+    return [*stored, *lowering_passes(target, dtype, cache=options.resolved_kv_cache)]
 
 
 def _rest(program: Program, options: CompileOptions, parameters: int, head: bool) -> int:

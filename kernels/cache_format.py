@@ -85,7 +85,7 @@ def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows ``[..., dim]`` as int8 codes and float32 scales ``[...]``; a row that is not finite has scale NaN."""
     rows = rows.astype(np.float32)
     largest = np.abs(rows).max(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         finite = np.isfinite(rows).all(-1)
         inverse = np.where(finite & (largest > LEAST), np.float32(LARGEST) / largest, np.float32(0))
         codes = np.where(finite[..., None], np.rint(rows * inverse[..., None]), 0).astype(np.int8)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptq_compile.passes import cache_rows
+
 NAMESPACE = "gptq_compile"
 _QUERY_BLOCK = 256  # queries handled at once by the reference attention: bounds its [heads, block, n] scores
 
@@ -154,24 +156,23 @@ def paged_attention(
     ``0 .. positions[t]`` of its own sequence.
 
     Shapes: q, k, v as in :func:`attention`; k_cache ``[pages, kv_heads, page_size, head_dim]`` and v_cache likewise
-    (both written in place); positions ``[n]`` or ``[1, n]``, seq_of_token, slots ``[n]``,
+    (both written in place; see ``cache_rows`` for int8); positions ``[n]`` or ``[1, n]``, seq_of_token, slots ``[n]``,
     integers; page_table ``[sequences, pages_per_seq]`` int32. ``slots[t] = page * page_size + offset``.
     """
     page_size = k_cache.shape[2]
     positions = positions.reshape(-1)
     page, offset = slots.long() // page_size, slots.long() % page_size
-    k_cache[page, :, offset] = k[0].to(k_cache.dtype)
-    v_cache[page, :, offset] = v[0].to(v_cache.dtype)
+    cache_rows.store_rows(k_cache, page, offset, k[0])
+    cache_rows.store_rows(v_cache, page, offset, v[0])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     opts = (scale, window, softcap, sinks, alibi_slopes)
     for seq in seq_of_token.unique().tolist():
         rows = (seq_of_token == seq).nonzero()[:, 0]
         length = int(positions[rows].max()) + 1
         pages = page_table[seq, : (length + page_size - 1) // page_size].long()
-        keys = k_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
-        values = v_cache[pages].transpose(1, 2).flatten(0, 1)[:length]
-        k_pos = torch.arange(length, device=q.device)
-        out[0, rows] = _attend(q[0, rows], keys, values, positions[rows].long(), k_pos, opts)
+        keys, values = (cache_rows.load_rows(cache, pages)[:length] for cache in (k_cache, v_cache))
+        where = torch.arange(length, device=q.device)
+        out[0, rows] = _attend(q[0, rows], keys, values, positions[rows].long(), where, opts)
     return out
 
 

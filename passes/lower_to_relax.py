@@ -427,7 +427,9 @@ def _paged_attention(entry: _Entry, node: Node) -> Any:
     heads, dim = (int(d) for d in q.meta["val"].shape[-2:])
     kv_heads, v_dim = (int(d) for d in v.meta["val"].shape[-2:])
     rows = entry.batch
-    shared = {"kv_heads": kv_heads, "head_dim": dim, "v_head_dim": v_dim, "page_size": PAGE_SIZE}
+    shared: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": dim, "v_head_dim": v_dim, "page_size": PAGE_SIZE}
+    if _dtype(k_cache) != _dtype(q):
+        shared["cache_dtype"] = _dtype(k_cache)
     keys, values = entry.flat(k, 2)[0], entry.flat(v, 2)[0]
     append = Case.make("kv_append", _dtype(q), rows, **shared)
     updated = entry.kernels.call_inplace(

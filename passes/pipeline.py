@@ -30,8 +30,11 @@ def storing_passes(target: Target, dtype: str, head: int, device: str = "cpu") -
     return [*passes, StoreHalf()] if target.kind == "cpu" and dtype == "float32" else passes
 
 
-def lowering_passes(target: Target, dtype: str, device: str = "cpu") -> Sequence[Pass]:
-    """From a quantized program to the one that kernels are chosen for; torch packs weights on ``device``."""
+def lowering_passes(target: Target, dtype: str, device: str = "cpu", cache: str | None = None) -> Sequence[Pass]:
+    """From a quantized program to the one that kernels are chosen for; torch packs weights on ``device``.
+
+    ``cache`` is the KV cache's type, by default that of the activations.
+    """
     from gptq_compile.passes.insert_kv_cache import InsertKvCache
     from gptq_compile.passes.pack_weights import PackWeights
 
@@ -40,6 +43,10 @@ def lowering_passes(target: Target, dtype: str, device: str = "cpu") -> Sequence
         from gptq_compile.passes.lower_precision import LowerPrecision
 
         passes.append(LowerPrecision(getattr(torch, dtype)))
+    if cache not in (None, dtype):
+        from gptq_compile.passes.narrow_cache import NarrowCache
+
+        passes.append(NarrowCache(cache))
     if target.kind == "cuda":  # a launch costs more than reading stretches; on a CPU it is the other way round
         from gptq_compile.passes.fuse_linears import FuseLinears
 

@@ -34,7 +34,8 @@ class PagedCache:
     """Cache tensors of every layer, and which of their pages belong to which sequence.
 
     Attributes:
-        tensors: tuple (k0, v0, k1, v1, ...), each [pages, kv_heads, page_size, head_dim].
+        tensors: tuple (k0, v0, k1, v1, ...), each [pages, kv_heads, page_size, head_dim]; in int8 rows
+            have four elements more.
         capacity: tokens that sequences can hold together.
         max_sequence: tokens that one sequence can hold.
         pages: how many there are, the scratch page left out.
@@ -50,7 +51,7 @@ class PagedCache:
         self.table_width = self.pages_for(self.max_sequence)
         arrays = []
         for layer in manifest.cache_layers:
-            for width in (layer.head_dim, layer.v_head_dim):
+            for width in manifest.cache_widths(layer):
                 shape = (pages + 1, layer.kv_heads, self.page_size, width)
                 # Zeros, not garbage: a kernel may read a whole page and multiply what lies ahead by zero.
                 arrays.append(device.zeros(shape, manifest.cache_dtype))

@@ -14,7 +14,8 @@ from typing import Any
 from gptq_compile.runtime.errors import ArtifactError
 
 SCHEMA_VERSION = 1
-CACHE_DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
+CACHE_DTYPES = (*DTYPES, "int8")
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint32", "int8", "uint8", "bool")
 
 
@@ -79,8 +80,13 @@ class Manifest:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of KV cache that one token takes over all layers."""
-        item = 4 if self.cache_dtype == "float32" else 2
-        return item * sum(c.kv_heads * (c.head_dim + c.v_head_dim) for c in self.cache_layers)
+        item = {"float32": 4, "int8": 1}.get(self.cache_dtype, 2)
+        return item * sum(c.kv_heads * sum(self.cache_widths(c)) for c in self.cache_layers)
+
+    def cache_widths(self, layer: CacheLayer) -> tuple[int, int]:
+        """Elements of a token's key and of its value in the cache: an int8 row has its float32 scale with it."""
+        extra = 4 if self.cache_dtype == "int8" else 0
+        return layer.head_dim + extra, layer.v_head_dim + extra
 
 
 class _Reader:
@@ -174,7 +180,7 @@ def read_manifest(path: pathlib.Path) -> Manifest:
         add_bos=model.get("add_bos", bool),
         target_kind=target.choice("kind", ("cpu", "cuda")),
         archs=tuple(_strings(target, "archs")),
-        dtype=top.choice("dtype", CACHE_DTYPES),
+        dtype=top.choice("dtype", DTYPES),
         page_size=cache.integer("page_size", 1, 1 << 16),
         cache_dtype=cache.choice("dtype", CACHE_DTYPES),
         cache_layers=tuple(

@@ -50,8 +50,9 @@ def nmse(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def check(
-    name: str, folder: Path, *, group_size: int = 32, validate: bool = False, activations: str = "float", **changes: Any
-) -> Outcome:
+    name: str, folder: Path, *, group_size: int = 32, validate: bool = False, activations: str = "float",
+    cache: str | None = None, **changes: Any,
+) -> Outcome:  # fmt: skip
     """Compiles the tiny model ``name`` with 4-bit round-to-nearest linears into ``folder`` and runs it both ways.
 
     Args:
@@ -60,6 +61,7 @@ def check(
         group_size: of the quantization.
         validate: compare the references before and after each pass, too.
         activations: what quantized linears multiply, ``int8`` or ``float``.
+        cache: type of the KV cache, by default float32.
     """
     model = tiny_model(name, **changes)
     store = ParamStore()
@@ -74,7 +76,7 @@ def check(
     dequantized = {key: make() for key, make in dequantized_weights(program).items()}
     assert model.load_state_dict(dequantized, strict=False).unexpected_keys == []
     want = _reference(model, ids)
-    PassManager(list(lowering_passes(target, "float32")), validate=validate).run(program)
+    PassManager(list(lowering_passes(target, "float32", cache=cache)), validate=validate).run(program)
     lowered = lower_to_relax(program, target, [1], sampling=False, activations=activations)
     library = folder / f"{name}.so"
     build(lowered.module, target, library)
@@ -102,12 +104,13 @@ class _Vm:
         self._weights = _tuple([program.params.get(name).numpy() for name in lowered.weights])
         caches = program.inputs[[n.name for n in program.inputs].index("page_table") + 1 :]
         self._cache_shapes = [tuple(int(d) for d in c.meta["val"].shape[1:]) for c in caches]
+        self._cache_dtype = str(caches[0].meta["val"].dtype).removeprefix("torch.")
 
     def logits(self, ids: np.ndarray, *, step: bool) -> np.ndarray:
         """Float32 ``[n, vocab]`` of one sequence, all tokens at once or one after another."""
         pages = -(-len(ids) // PAGE_SIZE) + 1
         table = np.arange(pages - 1, -1, -1)[None]  # reversed, so that a mistake in the indirection shows
-        caches = _tuple([np.zeros((pages, *shape), np.float32) for shape in self._cache_shapes])
+        caches = _tuple([np.zeros((pages, *shape), self._cache_dtype) for shape in self._cache_shapes])
         entry = self._vm["decode_1" if step else "forward"]
         rows = []
         for at in np.split(np.arange(len(ids)), len(ids) if step else 1):

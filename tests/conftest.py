@@ -84,7 +84,7 @@ def compiled(tiny_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
                 str(tiny_model), "--target", "cpu", "--wbits", "4", "--group-size", str(GROUP_SIZE), "--nsamples", "4",
                 "--seqlen", "32", "--batch-buckets", "1,2", "--dequantized", str(dequantized), "--json", "-o", str(out),
                 "--trace", str(trace),
-                "--activations", "float",  # so that logits can be held to the dequantized model's
+                "--activations", "float", "--kv-cache", "float32",  # logits are held to the dequantized model
             ]
         )  # fmt: skip
     assert code == 0

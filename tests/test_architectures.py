@@ -31,3 +31,13 @@ def test_activations_of_8_bits_are_near(name: str, tmp_path: pathlib.Path) -> No
     outcome = check(name, tmp_path, group_size=16, activations="int8")
     assert 1e-8 < outcome.prefill < 2e-3 and outcome.prefill < outcome.changed / 4
     assert 1e-8 < outcome.step < 2e-3
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma2", "gpt_oss"))
+def test_keys_and_values_in_fewer_bits_are_near(name: str, tmp_path: pathlib.Path) -> None:
+    for cache, low, high in (("float16", 1e-11, BAR), ("int8", 1e-7, 5e-3)):
+        folder = tmp_path / cache  # a library is loaded once from one path
+        folder.mkdir()
+        outcome = check(name, folder, group_size=16, cache=cache)
+        assert low < outcome.prefill < high and outcome.prefill < outcome.changed / 4
+        assert low < outcome.step < high

@@ -10,6 +10,7 @@ from typing import Any
 
 from gptq_compile import __version__
 from gptq_compile.frontend.source import ModelSource
+from gptq_compile.kernels.cache_format import row_width
 from gptq_compile.kernels.target import Target
 from gptq_compile.options import CompileOptions
 from gptq_compile.passes.program import Program
@@ -41,9 +42,10 @@ def manifest(
     target = options.resolved_target
     caches = program.inputs[[n.name for n in program.inputs].index("page_table") + 1 :]
     layers = []
+    extra = row_width(options.resolved_kv_cache, 0)
     for k, v in zip(caches[::2], caches[1::2], strict=True):
-        _, heads, _, dim = k.meta["val"].shape
-        layers.append({"kv_heads": int(heads), "head_dim": int(dim), "v_head_dim": int(v.meta["val"].shape[-1])})
+        heads, dim, v_dim = (int(d) for d in (k.meta["val"].shape[1], k.meta["val"].shape[3], v.meta["val"].shape[3]))
+        layers.append({"kv_heads": heads, "head_dim": dim - extra, "v_head_dim": v_dim - extra})
     kernels = [_kernels(each) for each in lowered]
     libraries = [
         {
@@ -81,7 +83,7 @@ def manifest(
         },
         "kv_cache": {
             "page_size": int(caches[0].meta["val"].shape[2]),
-            "dtype": options.resolved_dtype,
+            "dtype": options.resolved_kv_cache,
             "layers": layers,
         },
         "entries": {

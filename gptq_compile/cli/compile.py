@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_compile.cli.output import note_line
 from gptq_compile.cli.parser import Parser
 from gptq_compile.errors import ConfigError
-from gptq_compile.options import ACTIVATIONS, CHECKPOINTS, DTYPES, CompileOptions
+from gptq_compile.options import ACTIVATIONS, CHECKPOINTS, DTYPES, KV_CACHES, CompileOptions
 from gptq_compile.passes.gptq.config import COMPUTE_DTYPES, METHODS, SEQUENTIAL, QuantizeConfig
 
 if TYPE_CHECKING:
@@ -145,14 +145,18 @@ def _target(group: argparse._ArgumentGroup) -> None:
         metavar="T",
         help=f"cpu, cuda (sm_80, sm_89 and sm_90 in one), or cuda:sm_90 (default: {_COMPILE['target']})",
     )
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="type of activations and KV cache (default: float32 on cpu, float16 on cuda)"
-    )
+    group.add_argument("--dtype", choices=DTYPES, help="type of activations (default: float32 on cpu, float16 on cuda)")
     group.add_argument(
         "--activations",
         choices=ACTIVATIONS,
         help="what quantized linears on the CPU multiply: int8, rounded for each group, or float (default: int8 for "
         "float32 on the CPU)",
+    )
+    group.add_argument(
+        "--kv-cache",
+        choices=KV_CACHES,
+        help="type of the KV cache; int8 has a scale for each token and head (default: float16 for float32 on the CPU, "
+        "else the type of activations)",
     )
     group.add_argument(
         "--batch-buckets",

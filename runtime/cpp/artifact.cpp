@@ -134,7 +134,7 @@ Manifest read_manifest(const std::string& folder) {
     manifest.archs.push_back(arch.text(target.field("archs")));
   const Section cache = top.child("kv_cache");
   manifest.page_size = cache.integer("page_size", 1, 1 << 16);
-  manifest.cache_dtype = cache.choice("dtype", {"float32", "float16", "bfloat16"});
+  manifest.cache_dtype = cache.choice("dtype", {"float32", "float16", "bfloat16", "int8"});
   for (const Json& layer : cache.json.at("layers", cache.where).list(cache.field("layers"))) {
     const Section one{layer, cache.field("layers")};
     manifest.cache_layers.push_back({one.integer("kv_heads", 1, 1 << 16), one.integer("head_dim", 1, 1 << 16),
@@ -166,7 +166,8 @@ bool is_library(const std::string& name) {
 
 std::int64_t Manifest::cache_bytes_per_token() const {
   std::int64_t values = 0;
-  for (const CacheLayer& layer : cache_layers) values += layer.kv_heads * (layer.head_dim + layer.v_head_dim);
+  for (const CacheLayer& layer : cache_layers)
+    values += layer.kv_heads * (cache_width(layer.head_dim) + cache_width(layer.v_head_dim));
   return values * static_cast<std::int64_t>(bytes_of(cache_dtype));
 }
 

@@ -43,6 +43,8 @@ struct Manifest {
   Json document;  // the whole of it: "chat" and "generation" are read where they are needed
 
   std::int64_t cache_bytes_per_token() const;
+  // Elements that a row of the cache takes: one of int8 has its float32 scale with it.
+  std::int64_t cache_width(std::int64_t dim) const { return cache_dtype == "int8" ? dim + 4 : dim; }
 };
 
 // A validated artifact; nothing in it has been executed.

@@ -40,7 +40,8 @@ PagedCache::PagedCache(const Manifest& manifest, Device& device, std::int64_t to
   for (const CacheLayer& layer : manifest.cache_layers)
     for (const std::int64_t width : {layer.head_dim, layer.v_head_dim})
       // Zeros, not garbage: a kernel may read a whole page and multiply what lies ahead by zero.
-      arrays.push_back(device.zeros({pages + 1, layer.kv_heads, page_size_, width}, manifest.cache_dtype));
+      arrays.push_back(
+          device.zeros({pages + 1, layer.kv_heads, page_size_, manifest.cache_width(width)}, manifest.cache_dtype));
   tensors_ = Tvm::array(arrays);
   for (std::int64_t page = pages; page > 0; --page) free_.push_back(static_cast<std::int32_t>(page));
 }

@@ -298,7 +298,7 @@ def test_from_the_command_line_to_the_artifact(
     out, dequantized = tmp_path / "out", tmp_path / "dequantized"
     command = [
         str(tiny_model), "--target", "cpu", "--wbits", "3", "--group-size", "32", "--nsamples", "4", "--seqlen", "32",
-        "--batch-buckets", "1", "--activations", "float", "--tune-epochs", "1",
+        "--batch-buckets", "1", "--activations", "float", "--kv-cache", "float32", "--tune-epochs", "1",
         "--dequantized", str(dequantized), "-o", str(out),
     ]  # fmt: skip
     assert main(command) == 0

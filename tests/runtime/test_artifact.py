@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import pytest
 from gptq_compile.runtime.artifact import Artifact
 from gptq_compile.runtime.engine import Engine
 from gptq_compile.runtime.errors import ArtifactError
-from gptq_compile.runtime.manifest import read_manifest
+from gptq_compile.runtime.manifest import CacheLayer, read_manifest
 
 
 def test_reads_a_good_manifest(artifact: pathlib.Path, toy: ModuleType) -> None:
@@ -24,6 +25,17 @@ def test_reads_a_good_manifest(artifact: pathlib.Path, toy: ModuleType) -> None:
     assert manifest.context_length == toy.CONTEXT and manifest.eos_token_ids == (toy.EOS,)
     assert manifest.cache_bytes_per_token == toy.LAYERS * 2 * toy.HIDDEN * 4
     assert [w.name for w in manifest.weights] == list(toy.toy_weights())
+
+
+def test_rows_of_8_bits_have_a_scale(artifact: pathlib.Path) -> None:
+    manifest = Artifact(artifact).manifest
+    layer = CacheLayer(3, 64, 48)
+    sizes = {}
+    for dtype in ("float32", "float16", "int8"):
+        narrow = dataclasses.replace(manifest, cache_dtype=dtype, cache_layers=(layer, layer))
+        sizes[dtype] = narrow.cache_widths(layer), narrow.cache_bytes_per_token
+    assert sizes["float32"] == ((64, 48), 2 * 3 * 112 * 4) and sizes["float16"] == ((64, 48), 2 * 3 * 112 * 2)
+    assert sizes["int8"] == ((68, 52), 2 * 3 * 120)
 
 
 Change = Callable[[dict[str, Any]], object]

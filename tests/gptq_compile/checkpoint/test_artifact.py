@@ -31,6 +31,8 @@ def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "cpu",
         "--activations",
         "float",
+        "--kv-cache",
+        "float32",
         "--json",
     ]
     assert main([str(tiny_model), *options, "-o", str(out)]) == 0

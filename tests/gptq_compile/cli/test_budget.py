@@ -24,7 +24,7 @@ def test_mixed_bits_compute_what_the_dequantized_model_computes(
 
     limit, out, dequantized = 180_000, tmp_path / "out", tmp_path / "dequantized"
     arguments = ["--max-size", f"{limit / 1000}kB", "--dequantized", str(dequantized), "--json", "-o", str(out)]
-    arguments += ["--activations", "float"]
+    arguments += ["--activations", "float", "--kv-cache", "float32"]
     assert main([str(compiled.model), *SHORT, *arguments]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert any(e["event"] == "note" and "bits a weight with scales" in e["text"] for e in events)

@@ -137,6 +137,20 @@ def test_what_linears_multiply_depends_on_the_target() -> None:
             options("--activations", "int8", *arguments)
 
 
+def test_the_cache_of_the_cpu_may_be_of_another_type() -> None:
+    assert options().resolved_kv_cache == options().as_dict()["kv_cache"] == "float16"
+    assert options("--dtype", "float16").resolved_kv_cache == options("--target", "cuda").resolved_kv_cache == "float16"
+    assert options("--target", "cuda", "--dtype", "float32").resolved_kv_cache == "float32"
+    for cache in ("float32", "float16", "int8"):
+        assert options("--kv-cache", cache).resolved_kv_cache == cache
+    assert options("--kv-cache", "float16", "--target", "cuda").resolved_kv_cache == "float16"
+    for arguments in (["--dtype", "float16"], ["--target", "cuda"]):
+        with pytest.raises(ConfigError, match="A KV cache of int8 is for float32 on the CPU"):
+            options("--kv-cache", "int8", *arguments)
+    with pytest.raises(ConfigError, match="the KV cache is 'int4'; use one of float32, float16, int8"):
+        CompileOptions("model", pathlib.Path("out"), kv_cache="int4")
+
+
 def test_numbers_for_people() -> None:
     assert [output.size(n) for n in (0, 999, 1500, 2_500_000, 3e9, 4e12)] == [
         "0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "3.0 GB", "4.0 TB",
