@@ -218,10 +218,34 @@ __device__ __forceinline__ void run(const @X@* __restrict__ q, const @X@* __rest
   float* block_o = warp_ml + WARPS * G * 2;
   float* block_ml = block_o + G * DV;
   @LET_NEXT_START@
-  @WAIT_FOR_PREVIOUS@
 
+  // What is cached already; the token's own key comes from shared memory.
   const int position = positions[t];
   const int* pages = page_table + (long long)sequences[t] * table;
+  const int first = WINDOW > 0 && position - (WINDOW - 1) > 0 ? position - (WINDOW - 1) : 0;
+  const int span = (position - first + S - 1) / S, begin = first + part * span;
+  const int end = begin + span < position ? begin + span : position;
+  const int own = part == 0 ? 1 : 0, group = threadIdx.x / LANES;
+  // Keys begin .. end - 1, and for the first part one more: number end stands for the token's own.
+  const int turns = end > begin ? (end - begin + own + GROUPS * U - 1) / (GROUPS * U) : own;
+  const int mine = (end > begin ? begin : end) + group;
+  uint4 keys[U], values[U];
+  auto request = [&](int start) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int j = start + u * GROUPS;
+      keys[u] = values[u] = make_uint4(0u, 0u, 0u, 0u);
+      if (j < end) {
+        const long long row = ((long long)pages[j / PAGE] * KV_HEADS + h) * PAGE + j % PAGE;
+        if (lane * 8 < D) keys[u] = gq_read16(k_cache + row * D + lane * 8);
+        if (lane * 8 < DV) values[u] = gq_read16(v_cache + row * DV + lane * 8);
+      }
+    }
+  };
+  // Before the wait: positions, pages and what earlier steps cached were written before this step's first kernel.
+  if (S > 1) request(mine);
+  @WAIT_FOR_PREVIOUS@
+
   for (int i = threadIdx.x; i < G * D; i += THREADS)
     queries[i] = (float)turned(q + (long long)t * Q_WIDTH + Q_AT + (head + i / D) * Q_HEAD, i % D, t@ROTARY_ARGUMENTS@);
   if (part == 0) {
@@ -252,30 +276,16 @@ __device__ __forceinline__ void run(const @X@* __restrict__ q, const @X@* __rest
       s.o[g][e] = 0.f;
     }
   }
-  // What is cached already; the token's own key comes from shared memory.
-  const int first = WINDOW > 0 && position - (WINDOW - 1) > 0 ? position - (WINDOW - 1) : 0;
-  const int span = (position - first + S - 1) / S, begin = first + part * span;
-  const int end = begin + span < position ? begin + span : position;
-  const int own = part == 0 ? 1 : 0, group = threadIdx.x / LANES;
-  // Keys begin .. end - 1, and for the first part one more: number end stands for the token's own.
-  const int turns = end > begin ? (end - begin + own + GROUPS * U - 1) / (GROUPS * U) : own;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
-    const int start = (end > begin ? begin : end) + turn * GROUPS * U + group;
-    uint4 keys[U], values[U];
+    const int start = mine + turn * GROUPS * U;
+    if (S == 1 || turn > 0) request(start);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int j = start + u * GROUPS;
-      keys[u] = values[u] = make_uint4(0u, 0u, 0u, 0u);
-      if (j < end) {
-        const long long row = ((long long)pages[j / PAGE] * KV_HEADS + h) * PAGE + j % PAGE;
-        if (lane * 8 < D) keys[u] = gq_read16(k_cache + row * D + lane * 8);
-        if (lane * 8 < DV) values[u] = gq_read16(v_cache + row * DV + lane * 8);
-      } else if (own && j == end) {
+    for (int u = 0; u < U; ++u)
+      if (own && start + u * GROUPS == end) {
         if (lane * 8 < D) keys[u] = *reinterpret_cast<const uint4*>(new_k + lane * 8);
         if (lane * 8 < DV) values[u] = *reinterpret_cast<const uint4*>(new_v + lane * 8);
       }
-    }
     float scores[G][U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {

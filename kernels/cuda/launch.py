@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programmatic dependent launch: a kernel may start before the one in front of it has ended.
 
-What takes part waits (``griddepcontrol.wait``) before it touches anything that another kernel wrote or reads, so the
-chain of waits orders everything as plain launches would; what comes before the wait (requests for weights) overlaps
-with the end of the kernel in front. A kernel that does not take part is launched after all in front of it have ended.
+What takes part waits (``griddepcontrol.wait``) before it touches anything that another kernel of the step wrote or
+reads, so the chain of waits orders everything as plain launches would; what comes before the wait (requests for weights
+and for what earlier steps cached) overlaps with the end of the kernel in front. A kernel that does not take part is
+launched after all in front of it have ended; a step begins (embedding) and ends (sampling) with such ones.
 CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; sm_90 and newer.
 """
 

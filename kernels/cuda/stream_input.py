@@ -57,17 +57,18 @@ class Input:
 AS_IT_IS = Input()
 
 ACTIVATIONS = {
-    "silu": "v / (1.f + expf(-v))",
+    "silu": "__fdividef(v, 1.f + __expf(-v))",
     "gelu": "0.5f * v * (1.f + erff(v * 0.70710678f))",
     "gelu_tanh": "0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)))",
-    "gelu_quick": "v / (1.f + expf(-1.702f * v))",
+    "gelu_quick": "__fdividef(v, 1.f + __expf(-1.702f * v))",
     "relu": "v > 0.f ? v : 0.f",
     "relu2": "v > 0.f ? v * v : 0.f",
-    "sigmoid": "1.f / (1.f + expf(-v))",
+    "sigmoid": "__fdividef(1.f, 1.f + __expf(-v))",
     "tanh": "tanhf(v)",
     "identity": "v",
 }
-"""C expressions of a float v; the same names as `kernels.activations`."""
+"""C expressions of a float v; the same names as `kernels.activations`. Results are rounded to half; the fast
+exponential and division are off by some 2**-21, and every block of a linear computes them for all of K."""
 
 
 def source(made: Input) -> str:
