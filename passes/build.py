@@ -52,7 +52,7 @@ from gptq_compile.kernels.fatbin import archs_in
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.toolchain import Nvcc, require_ar, require_cc, require_nvcc
 from gptq_compile.kernels.tvm_env import relax, require_cuda_codegen, tvm
-from gptq_compile.passes.default_schedule import KeepKernels, ScheduleLeftovers
+from gptq_compile.passes.default_schedule import KeepKernels, ScheduleLeftovers, SortShapeFunctions
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ def build(
 def relax_passes(target: Target) -> list[Any]:
     """Lists the passes from Relax operators to VM instructions, in order.
 
-    This is TVM's own list with three differences: kernels are kept out of fusion, CPU leftovers are scheduled too, and
-    RewriteCUDAGraph is left out because the runtime captures whole steps.
+    This is TVM's own list with four differences: kernels are kept out of fusion, CPU leftovers are scheduled too, shape
+    functions are put in order, and RewriteCUDAGraph is left out because the runtime captures whole steps.
     """
     transform = relax.transform
     return [
@@ -158,6 +158,7 @@ def relax_passes(target: Target) -> list[Any]:
         transform.LowerRuntimeBuiltin(),
         transform.ComputePrimValue(),
         transform.VMShapeLower(),
+        SortShapeFunctions(),
         transform.AttachGlobalSymbol(),
     ]
 

@@ -90,6 +90,27 @@ def _with_root(func: Any) -> Any:
     return func.with_body(body)
 
 
+@tvm.transform.module_pass(opt_level=0, name="SortShapeFunctions")
+class SortShapeFunctions:
+    """Puts the stores of every function that computes sizes into the order of their places.
+
+    `VMShapeLower` leaves them in the order of a hash table over addresses, another one in every process, and the same
+    model is to become the same bytes. They only read places that none of them writes.
+    """
+
+    def transform_module(self, mod: Any, _: Any) -> Any:
+        """Returns ``mod`` with the bodies of shape functions sorted."""
+        mod = mod.clone()
+        for var, func in mod.functions_items():
+            body = getattr(func, "body", None)
+            if not (var.name_hint.startswith("shape_func") and isinstance(body, tvm.tirx.SeqStmt)):
+                continue
+            if all(isinstance(store, tvm.tirx.BufferStore) for store in body.seq):
+                stores = sorted(body.seq, key=lambda store: int(store.indices[0]))
+                mod[var] = func.with_body(tvm.tirx.SeqStmt(stores))
+        return mod
+
+
 @tvm.transform.module_pass(opt_level=0, name="ScheduleLeftovers")
 class ScheduleLeftovers:
     """Gives every PrimFunc that is not scheduled yet a default schedule.

@@ -22,7 +22,7 @@ from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import I, R, T, tvm
 from gptq_compile.passes.build import build, gencode_flags, relax_passes
-from gptq_compile.passes.default_schedule import is_scheduled
+from gptq_compile.passes.default_schedule import SortShapeFunctions, is_scheduled
 
 WIDTH = 256
 needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="nvcc is not installed")
@@ -173,6 +173,18 @@ def test_written_kernels_are_left_alone() -> None:
     assert set(functions) == {"double", "add"}, "an operator was fused into the kernel"
     assert not is_scheduled(Sample["add_rows"])
     assert is_scheduled(Sample["add_rows"].with_attr("tirx.is_scheduled", True))
+
+
+def test_sizes_are_computed_in_the_order_of_their_places() -> None:
+    @T.prim_func(private=True, s_tir=True)
+    def sizes(H: T.Buffer((T.int64(4),), "int64")):
+        H[T.int64(3)] = H[T.int64(0)] * T.int64(12)
+        H[T.int64(1)] = H[T.int64(0)] * T.int64(4)
+        H[T.int64(2)] = H[T.int64(0)] * T.int64(8)
+
+    sorted_ = SortShapeFunctions()(tvm.IRModule({"shape_func": sizes, "other": sizes}))
+    places = {var.name_hint: [int(s.indices[0]) for s in f.body.seq] for var, f in sorted_.functions_items()}
+    assert places == {"shape_func": [1, 2, 3], "other": [3, 1, 2]}
 
 
 def test_passes_do_not_change_their_input() -> None:
