@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations rounded to 8 bits for the quantized linears of the CPU: symmetric, one scale for each piece of a row.
 
-Pieces are of at most `PIECE` features. Values are stored in the order in which codes come out of their words (see
-`byte_codes`).
+Pieces are of at most `MOST` features, see `piece`. Values are stored in the order in which codes come out of their
+words (see `byte_codes`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 from gptq_compile.kernels.cpu import byte_codes
 from gptq_compile.kernels.cpu.pieces import Pieces
 from gptq_compile.kernels.cpu.quant_linear import Expr, Tensors
+from gptq_compile.kernels.registry import Case
 from gptq_compile.kernels.script import on_stack, script, store
 from gptq_compile.kernels.tvm_env import tvm
 from gptq_compile.kernels.words import block_codes
 
-PIECE = 64
+MOST = 64
 """Features that share a scale at most: 64 * 127 * 255 < 2**24, so that sums are exact in float32 too."""
 _STEP = 32
 """Activations rounded at once: whole blocks of any bits."""
@@ -26,6 +27,13 @@ _LANES = 16
 _LARGEST_FLOAT = 3.4e38
 _LEAST = 1e-36
 """What is all smaller counts as zero: 127 divided by it would not be finite."""
+
+
+def piece(case: Case) -> int:
+    """Features that share a scale. Half as many where a linear has more inputs than outputs: a MLP's last one, whose
+    inputs are products, a few of them far larger than the rest. Not in long groups, of which each piece is code."""
+    halved = case["in_features"] > case["out_features"] and 0 < case["group_size"] <= 2 * MOST
+    return MOST // 2 if halved else MOST
 
 
 class Rounded:
@@ -39,7 +47,7 @@ class Rounded:
 
     def __init__(self, t: Tensors) -> None:
         ir = script()
-        self.pieces, self._t = Pieces(t.grouping, PIECE), t
+        self.pieces, self._t = Pieces(t.grouping, piece(t.case)), t
         pieces = self.pieces
         self._values = ir.alloc_buffer((t.rows, pieces.padded), "int8")
         self.lanes = ir.decl_buffer((t.rows, pieces.padded // 4), "int32", data=self._values.data)
