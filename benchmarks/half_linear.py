@@ -53,10 +53,7 @@ def build(arguments: argparse.Namespace) -> None:
     """Builds every kernel into OUT/kernels.so and lists them in OUT/kernels.json."""
     from gptq_compile.kernels.cuda import row_linear
     from gptq_compile.kernels.registry import Case, kernels_for, select
-    from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
     from gptq_compile.kernels.target import Target
-    from gptq_compile.kernels.tvm_env import R, relax, tvm
-    from gptq_compile.passes.build import build as build_library
 
     target = Target.parse(arguments.target)
     functions: dict[str, Any] = {}
@@ -84,18 +81,7 @@ def build(arguments: argparse.Namespace) -> None:
             for config in divisions(rows, n, k, target):
                 label = "_".join(str(v) for v in dataclasses.astuple(config))
                 add(row_linear.build(case, target, config), name, rows, f"rows {label}")
-    builder = relax.BlockBuilder()
-    x = relax.Var("x", R.Tensor((1,), "float32"))
-    with builder.function("unused", [x]):
-        builder.emit_func_output(x)
-    module = builder.get()
-    for key, func in functions.items():
-        module[tvm.ir.GlobalVar(key)] = func
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    info = build_library(module, target, arguments.out / "kernels.so")
-    copy_runtime_libraries(target, arguments.out / "lib")
-    (arguments.out / "kernels.json").write_text(json.dumps(table, indent=0) + "\n")
-    sys.stdout.write(f"{len(functions)} kernels in {info.seconds:.0f} s\n")
+    kernels.write_library(arguments.out, functions, table, target)
 
 
 def _time(bench: kernels.Bench, w: Any, call: Any) -> float:

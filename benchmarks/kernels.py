@@ -125,10 +125,7 @@ def build(arguments: argparse.Namespace) -> None:
     from gptq_compile.kernels.cuda import launch, pipeline_linear, stationary, stationary_linear, stream, tile_linear
     from gptq_compile.kernels.layouts import layout_for
     from gptq_compile.kernels.registry import select
-    from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
     from gptq_compile.kernels.target import Target
-    from gptq_compile.kernels.tvm_env import R, relax, tvm
-    from gptq_compile.passes.build import build as build_library
 
     target = Target.parse(arguments.target)
     functions: dict[str, Any] = {}
@@ -170,6 +167,15 @@ def build(arguments: argparse.Namespace) -> None:
                         func = pipeline_linear.build(case, target, [(None, config)])
                         label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
                         add({**entry, "kernel": f"pipeline {label}"}, func, f"pipe_{name}_{bits}_{static}_{label}")
+    write_library(arguments.out, functions, table, target)
+
+
+def write_library(out: Path, functions: dict[str, Any], table: list[dict[str, Any]], target: Any) -> None:
+    """Builds functions into OUT/kernels.so and writes OUT/kernels.json and the libraries that `Bench` loads."""
+    from gptq_compile.kernels.runtime_libs import copy_runtime_libraries
+    from gptq_compile.kernels.tvm_env import R, relax, tvm
+    from gptq_compile.passes.build import build as build_library
+
     builder = relax.BlockBuilder()
     x = relax.Var("x", R.Tensor((1,), "float32"))
     with builder.function("unused", [x]):
@@ -177,10 +183,10 @@ def build(arguments: argparse.Namespace) -> None:
     module = builder.get()
     for key, func in functions.items():
         module[tvm.ir.GlobalVar(key)] = func
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    info = build_library(module, target, arguments.out / "kernels.so")
-    copy_runtime_libraries(target, arguments.out / "lib")
-    (arguments.out / "kernels.json").write_text(json.dumps(table, indent=0) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    info = build_library(module, target, out / "kernels.so")
+    copy_runtime_libraries(target, out / "lib")
+    (out / "kernels.json").write_text(json.dumps(table, indent=0) + "\n")
     sys.stdout.write(f"{len(functions)} kernels in {info.seconds:.0f} s\n")
 
 
