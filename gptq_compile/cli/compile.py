@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     # Threads that wait by spinning take the cores from those that work as soon as anything else runs: measured on two
     # busy cores, 1.4 s of processor time a generated batch of tokens against 0.2 s. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process reports
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":  # torchrun: the first reports
         from gptq_compile.api import compile_model
 
         compile_model(options, dry_run=arguments.dry_run)
