@@ -99,6 +99,9 @@ void read_model(const Section& model, Manifest& manifest) {
 
 void read_entries(const Section& entries, Manifest& manifest) {
   manifest.forward = entries.text("forward");
+  const Json* tokens = entries.json.find("forward_tokens");
+  if (tokens != nullptr && !tokens->is_null())
+    manifest.forward_tokens = tokens->integer(entries.field("forward_tokens"), 1, kLarge);
   manifest.sample = entries.text("sample");
   manifest.repetition_penalty = entries.text("repetition_penalty");
   manifest.mark_seen = entries.text("mark_seen");

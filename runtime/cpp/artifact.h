@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -23,6 +24,8 @@ struct WeightEntry {
   std::vector<std::int64_t> shape;
 };
 
+constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
+
 struct Manifest {
   std::string name, target_kind, cache_dtype, library;
   std::vector<std::string> archs;
@@ -32,6 +35,7 @@ struct Manifest {
   std::vector<std::int32_t> eos_token_ids;
   std::vector<CacheLayer> cache_layers;
   std::map<std::int64_t, std::string> decode;  // batch size -> entry
+  std::int64_t forward_tokens = kAnyNumber;    // of one call of `forward` at most
   std::string forward, sample, repetition_penalty, mark_seen, advance;
   std::vector<WeightEntry> weights;  // in the order of the weights tuple
   struct File {

@@ -60,12 +60,16 @@ void Engine::Impl::check_ids(const std::vector<std::int32_t>& ids) const {
                                std::to_string(artifact.manifest().vocab_size) + ".");
 }
 
+std::int64_t Engine::Impl::prefill_tokens() const {
+  return std::min(device->prefill_tokens(), artifact.manifest().forward_tokens);
+}
+
 detail::Value Engine::Impl::prefill(const std::vector<std::int32_t>& ids, const std::vector<std::int32_t>& page_row) {
   detail::Value logits;
   const auto size = static_cast<std::int64_t>(ids.size());
-  for (std::int64_t begin = 0; begin < size; begin += device->prefill_tokens())
+  for (std::int64_t begin = 0; begin < size; begin += prefill_tokens())
     logits = detail::run_forward(*device, *model, *cache, ids.data() + begin,
-                                 std::min(device->prefill_tokens(), size - begin), begin, page_row, false);
+                                 std::min(prefill_tokens(), size - begin), begin, page_row, false);
   return logits;
 }
 
@@ -157,8 +161,8 @@ std::vector<float> Engine::logits(const std::vector<std::int32_t>& ids) {
   const detail::StreamScope stream(*impl_->device);
   const std::vector<std::int32_t> row = impl_->cache->allocate(count);
   try {
-    for (std::int64_t begin = 0; begin < count; begin += impl_->device->prefill_tokens()) {
-      const std::int64_t size = std::min(impl_->device->prefill_tokens(), count - begin);
+    for (std::int64_t begin = 0; begin < count; begin += impl_->prefill_tokens()) {
+      const std::int64_t size = std::min(impl_->prefill_tokens(), count - begin);
       const detail::Value logits =
           detail::run_forward(*impl_->device, *impl_->model, *impl_->cache, ids.data() + begin, size, begin, row, true);
       if (logits.tensor_bytes() != static_cast<std::size_t>(size) * vocab * sizeof(float))

@@ -21,6 +21,8 @@ struct Engine::Impl {
   ~Impl();
 
   void check_ids(const std::vector<std::int32_t>& ids) const;
+  // Most tokens of one call of `forward`: what the device likes and the artifact has room for.
+  std::int64_t prefill_tokens() const;
   // Runs the prompt through `forward` in chunks; returns the last token's logits on the device.
   detail::Value prefill(const std::vector<std::int32_t>& ids, const std::vector<std::int32_t>& page_row);
   // Gives the decode step to a generation: what it has in flight for another one is collected first.
