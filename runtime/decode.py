@@ -2,7 +2,8 @@
 """One decode step for a bucket of rows, on the device from end to end, as a CUDA graph where there are graphs.
 
 A step is: decode, repetition penalty, sample, mark the token as seen, advance. Its inputs and outputs are fixed device
-buffers, so that a captured step can be replayed; the host only reads tokens back, some steps later.
+buffers, so that a captured step can be replayed; the host only reads tokens back, some steps later. Steps that may be
+in flight at the same time are graphs of their own: what one has sampled is read while the next one runs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class DecodeBatch:
         self._penalized = False
         self._hosted: Rows[Sequence] = ()  # the sequences, if some of them want their logits on the host
         self._ring = device.ring(device.depth, size)
-        self._graphs: dict[bool, cuda.Graph | None] = {}
+        self._graphs: dict[tuple[bool, int], cuda.Graph | None] = {}  # with penalty or not, row of the ring
         self._direct_steps = {False: 0, True: 0}
         self._launched = self._collected = 0
 
@@ -85,13 +86,15 @@ class DecodeBatch:
 
     def launch(self) -> None:
         """Enqueues one step."""
-        key = self._penalized
-        if self._hosted or self._direct_steps[key] < WARM_UP_STEPS:
+        penalized, row = self._penalized, self._launched % self._device.depth
+        graph = None
+        if self._hosted or self._direct_steps[penalized] < WARM_UP_STEPS:
             outputs = self._run()
-            if self._direct_steps[key] == 0:
+            if self._direct_steps[penalized] == 0:
                 self._check_in_place(outputs)
-            self._direct_steps[key] += not self._hosted
+            self._direct_steps[penalized] += not self._hosted
         else:
+            key = (penalized, row)
             if key not in self._graphs:
                 self._graphs[key] = self._device.capture(self._run)
             graph = self._graphs[key]
@@ -101,7 +104,7 @@ class DecodeBatch:
                 graph.launch(self._device.handle)
                 outputs = graph.keep[0]
         # The sampled tokens, not the next input ids: a row whose logits are invalid has token -1 here and 0 there.
-        self._ring.push(self._launched % self._device.depth, outputs[1].data_ptr(), self.size)
+        self._ring.push(row, outputs[1].data_ptr(), self.size, reused=graph is None)
         self._launched += 1
 
     def collect(self) -> np.ndarray:

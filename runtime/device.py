@@ -136,7 +136,7 @@ class CpuRing:
     def __init__(self, depth: int, width: int) -> None:
         self._rows = np.zeros((depth, width), "int32")
 
-    def push(self, row: int, device_pointer: int, count: int) -> None:
+    def push(self, row: int, device_pointer: int, count: int, reused: bool) -> None:
         """Copies ``count`` int32 into row ``row``."""
         ctypes.memmove(self._rows[row].ctypes.data, device_pointer, count * 4)
 
@@ -149,10 +149,10 @@ class CpuRing:
 
 
 class CudaDevice(CpuDevice):
-    """One NVIDIA GPU with one non-blocking stream on which everything happens in order."""
+    """One NVIDIA GPU with one non-blocking stream on which everything that computes happens in order."""
 
     kind = "cuda"
-    depth = 4
+    depth = 3
     prefill_tokens = 1024
     arch = ""
     handle: ctypes.c_void_p

@@ -33,6 +33,7 @@ struct Driver::Functions {
   int (*cuMemsetD8Async)(Pointer, unsigned char, std::size_t, void*);
   int (*cuStreamCreate)(void**, unsigned);
   int (*cuStreamSynchronize)(void*);
+  int (*cuStreamWaitEvent)(void*, void*, unsigned);
   int (*cuStreamDestroy_v2)(void*);
   int (*cuEventCreate)(void**, unsigned);
   int (*cuEventRecord)(void*, void*);
@@ -76,6 +77,7 @@ Driver::Driver() {
     GPTQ_COMPILE_BIND(cuMemsetD8Async);
     GPTQ_COMPILE_BIND(cuStreamCreate);
     GPTQ_COMPILE_BIND(cuStreamSynchronize);
+    GPTQ_COMPILE_BIND(cuStreamWaitEvent);
     GPTQ_COMPILE_BIND(cuStreamDestroy_v2);
     GPTQ_COMPILE_BIND(cuEventCreate);
     GPTQ_COMPILE_BIND(cuEventRecord);
@@ -199,6 +201,10 @@ void* Driver::new_event() const {
 }
 
 void Driver::record(void* event, void* stream) const { check("cuEventRecord", f_->cuEventRecord(event, stream)); }
+
+void Driver::follow(void* stream, void* event) const {
+  check("cuStreamWaitEvent", f_->cuStreamWaitEvent(stream, event, 0));
+}
 
 void Driver::wait(void* event) const { check("cuEventSynchronize", f_->cuEventSynchronize(event)); }
 

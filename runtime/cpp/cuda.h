@@ -37,6 +37,7 @@ class Driver {
   void synchronize(void* stream) const;
   void* new_event() const;
   void record(void* event, void* stream) const;
+  void follow(void* stream, void* event) const;  // what is enqueued next on the stream waits for the event
   void wait(void* event) const;
   void destroy_event(void* event) const noexcept;
 

@@ -57,6 +57,7 @@ DecodeStep::DecodeStep(Device& device, const Model& model, const PagedCache& cac
   for (Value* tensor : {&temperature_, &top_p_, &min_p_, &penalty_}) *tensor = device.zeros({size_}, "float32");
   page_table_ = device.zeros({size_, cache.table_width()}, "int32");
   ring_ = device.ring(device.depth(), static_cast<std::size_t>(size_));
+  for (Kind& kind : kinds_) kind.graphs.resize(device.depth());
 }
 
 void DecodeStep::load(const std::vector<std::int32_t>& tokens, const std::vector<std::int32_t>& page_row,
@@ -110,32 +111,35 @@ void DecodeStep::check_in_place(const Outputs& outputs) const {
 }
 
 void DecodeStep::launch() {
-  Recorded& recorded = recorded_[penalized_ ? 1 : 0];
-  if (recorded.direct_steps < kWarmUpSteps) {
-    recorded.outputs = {};  // back into the VM's pool, so that this step takes the same buffers
-    recorded.outputs = run();
-    if (recorded.direct_steps++ == 0) check_in_place(recorded.outputs);
-  } else {
-    if (!recorded.tried) {
-      recorded.tried = true;
-      recorded.outputs = {};
-      recorded.graph = device_.capture([&] { recorded.outputs = run(); });
-    }
-    if (recorded.graph != nullptr)
-      recorded.graph->launch();
-    else
-      recorded.outputs = run();
+  Kind& kind = kinds_[penalized_ ? 1 : 0];
+  const std::size_t row = launched_ % device_.depth();
+  Recorded& recorded = kind.graphs[row];
+  const bool warm = kind.direct_steps >= kWarmUpSteps;
+  if (warm && !recorded.tried) {
+    recorded.tried = true;
+    kind.outputs = {};
+    recorded.graph = device_.capture([&] { recorded.outputs = run(); });
+    if (recorded.graph == nullptr) recorded.outputs = {};
   }
   // The sampled tokens, not the next input ids: a row whose logits are invalid has token -1 here and 0 there.
-  ring_->push(launched_ % device_.depth(), recorded.outputs.tokens);
+  if (recorded.graph != nullptr) {
+    recorded.graph->launch();
+    ring_->push(row, recorded.outputs.tokens, false);
+  } else {
+    kind.outputs = {};  // back into the VM's pool, so that this step takes the same buffers
+    kind.outputs = run();
+    if (!warm && kind.direct_steps++ == 0) check_in_place(kind.outputs);
+    ring_->push(row, kind.outputs.tokens, true);
+  }
   ++launched_;
 }
 
 std::int32_t DecodeStep::collect() { return ring_->wait(collected_++ % device_.depth())[0]; }
 
 std::size_t DecodeStep::graph_nodes() const {
-  for (const Recorded& recorded : recorded_)
-    if (recorded.graph != nullptr) return recorded.graph->nodes();
+  for (const Kind& kind : kinds_)
+    for (const Recorded& recorded : kind.graphs)
+      if (recorded.graph != nullptr) return recorded.graph->nodes();
   return 0;
 }
 

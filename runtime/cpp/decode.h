@@ -52,12 +52,16 @@ class DecodeStep {
   std::size_t launched_ = 0, collected_ = 0;
 
   struct Recorded {
-    int direct_steps = 0;
     bool tried = false;
     std::unique_ptr<Graph> graph;
     Outputs outputs;  // what the graph writes to must stay
   };
-  std::array<Recorded, 2> recorded_;  // without and with repetition penalty
+  struct Kind {
+    int direct_steps = 0;
+    Outputs outputs;               // of the last step that ran directly
+    std::vector<Recorded> graphs;  // one for each row of the ring: what one has sampled is read while the next one runs
+  };
+  std::array<Kind, 2> kinds_;  // without and with repetition penalty
 };
 
 }  // namespace gptq_compile::detail

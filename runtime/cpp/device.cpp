@@ -19,7 +19,7 @@ constexpr std::size_t kCacheBudget = std::size_t{1} << 30;
 class CpuRing : public Ring {
  public:
   CpuRing(std::size_t depth, std::size_t width) : width_(width), rows_(depth * width) {}
-  void push(std::size_t row, const Value& tokens) override {
+  void push(std::size_t row, const Value& tokens, bool) override {
     std::memcpy(rows_.data() + row * width_, tokens.tensor().data, width_ * sizeof(std::int32_t));
   }
   const std::int32_t* wait(std::size_t row) override { return rows_.data() + row * width_; }

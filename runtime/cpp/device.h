@@ -31,8 +31,9 @@ class Graph {
 class Ring {
  public:
   virtual ~Ring() = default;
-  virtual void push(std::size_t row, const Value& tokens) = 0;  // enqueues the copy of a tensor into a row
-  virtual const std::int32_t* wait(std::size_t row) = 0;        // valid until the row is pushed again
+  // Enqueues the copy of a tensor into a row; what is enqueued next waits for it if it may overwrite the tensor.
+  virtual void push(std::size_t row, const Value& tokens, bool reused) = 0;
+  virtual const std::int32_t* wait(std::size_t row) = 0;  // valid until the row is pushed again
 };
 
 // The processor; every call is finished when it returns. Subclasses enqueue on a stream.

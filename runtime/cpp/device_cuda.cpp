@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One NVIDIA GPU with one non-blocking stream on which everything happens in order.
+// One NVIDIA GPU with one non-blocking stream on which everything that computes happens in order.
 #include <stdexcept>
 
 #include "cuda.h"
@@ -9,7 +9,7 @@ namespace gptq_compile::detail {
 
 namespace {
 
-constexpr std::size_t kDepth = 4;    // decode steps in flight
+constexpr std::size_t kDepth = 3;    // decode steps in flight
 constexpr double kCacheShare = 0.6;  // of the memory that is free after the weights
 
 // The driver with this device's context and stream; lives as long as anything on the device.
@@ -42,23 +42,37 @@ class CudaGraph : public Graph {
   std::size_t nodes_;
 };
 
-// Page-locked rows with one event each.
+// Page-locked rows. Copies have a stream of their own: in the one that computes, a copy of four bytes keeps the next
+// step from starting for 18 us (H200).
 class PinnedRing : public Ring {
  public:
   PinnedRing(std::shared_ptr<Gpu> gpu, std::size_t depth, std::size_t width) : gpu_(std::move(gpu)), width_(width) {
     rows_ = static_cast<std::int32_t*>(gpu_->driver.allocate_pinned(depth * width * sizeof(std::int32_t)));
-    for (std::size_t i = 0; i < depth; ++i) events_.push_back(gpu_->driver.new_event());
+    copies_ = gpu_->driver.new_stream();
+    for (std::size_t i = 0; i < depth; ++i) {
+      computed_.push_back(gpu_->driver.new_event());
+      copied_.push_back(gpu_->driver.new_event());
+    }
   }
   ~PinnedRing() override {
-    for (void* event : events_) gpu_->driver.destroy_event(event);
+    try {
+      gpu_->driver.synchronize(copies_);
+    } catch (const std::exception&) {  // a device that fails has said so already
+    }
+    gpu_->driver.destroy_stream(copies_);
+    for (void* event : computed_) gpu_->driver.destroy_event(event);
+    for (void* event : copied_) gpu_->driver.destroy_event(event);
     gpu_->driver.free_pinned(rows_);
   }
-  void push(std::size_t row, const Value& tokens) override {
-    gpu_->driver.download(rows_ + row * width_, pointer_of(tokens), width_ * sizeof(std::int32_t), gpu_->stream);
-    gpu_->driver.record(events_[row], gpu_->stream);
+  void push(std::size_t row, const Value& tokens, bool reused) override {
+    gpu_->driver.record(computed_[row], gpu_->stream);
+    gpu_->driver.follow(copies_, computed_[row]);
+    gpu_->driver.download(rows_ + row * width_, pointer_of(tokens), width_ * sizeof(std::int32_t), copies_);
+    gpu_->driver.record(copied_[row], copies_);
+    if (reused) gpu_->driver.follow(gpu_->stream, copied_[row]);
   }
   const std::int32_t* wait(std::size_t row) override {
-    gpu_->driver.wait(events_[row]);
+    gpu_->driver.wait(copied_[row]);
     return rows_ + row * width_;
   }
 
@@ -66,7 +80,8 @@ class PinnedRing : public Ring {
   std::shared_ptr<Gpu> gpu_;
   std::size_t width_;
   std::int32_t* rows_ = nullptr;
-  std::vector<void*> events_;
+  void* copies_ = nullptr;
+  std::vector<void*> computed_, copied_;
 };
 
 class CudaDevice : public Device {
