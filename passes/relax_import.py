@@ -78,7 +78,8 @@ class Importer:
     def reshape(self, value: Any, shape: list[Any]) -> Any:
         """A value in another shape. Of a reshape of a reshape only the last is left, and none that changes nothing."""
         source = self._reshaped.get(value, value)
-        if [str(d) for d in source.ty.shape] == [str(d) for d in shape]:
+        # A number of TVM's prints with its type.
+        if [str(getattr(d, "value", d)) for d in source.ty.shape] == [str(d) for d in shape]:
             return source
         out = self.emit(relax.op.reshape(source, shape))
         self._reshaped[out] = source
