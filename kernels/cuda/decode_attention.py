@@ -23,8 +23,9 @@ THREADS = 256
 KEYS = 4
 """Keys that a group of lanes loads before it uses the first."""
 BLOCKS = 264
-MOST_SPLITS = 8
-"""Blocks of a cluster: as many as every sm_90 takes."""
+AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 15}
+"""Blocks of a cluster, up to as many as every sm_90 takes -> clusters that an H200 runs at once with one block on each
+multiprocessor."""
 MOST_OUTPUTS = 1024
 """Query heads of a block times head_dim: what shared memory holds for every warp."""
 MOST_REGISTERS = 64
@@ -40,13 +41,24 @@ def _heads(p: AttentionParams) -> int:
     return max(fitting, default=1)
 
 
-def _splits(case: Case, p: AttentionParams, target: Target) -> int:
-    """Returns the parts of a context, a power of two; one where blocks cannot read each other's shared memory."""
-    blocks = (case.rows or 1) * p.kv_heads * (p.group // _heads(p))
-    splits = 1
-    while launch.supported(target) and splits < MOST_SPLITS and 2 * splits * blocks <= BLOCKS:
-        splits *= 2
-    return splits
+def _division(case: Case, p: AttentionParams, target: Target) -> tuple[int, int]:
+    """Returns (parts of a context, blocks that a multiprocessor is to have registers for).
+
+    As many parts as let all clusters run at once: one more cluster than that waits for a whole turn of the others. Up
+    to three heads leave room for two blocks on a multiprocessor. Four want more than the 128 registers that a thread
+    has then, so it depends on whether there would be two parts or less without, and more with that; or whether clusters
+    take turns anyway. One part where blocks cannot read each other's shared memory.
+    """
+    clusters = (case.rows or 1) * p.kv_heads * (p.group // _heads(p))
+    if not launch.supported(target):
+        return 1, 1
+
+    def parts(resident: int) -> int:
+        return max((s for s, most in AT_ONCE.items() if clusters <= most * resident), default=0)
+
+    pays = parts(1) <= 2 and (parts(2) > parts(1) or parts(1) == 0)
+    shared = _heads(p) <= 3 or (_heads(p) == 4 and pays)
+    return max(parts(2 if shared else 1), 1), 2 if shared else 1
 
 
 def _accepts(case: Case, target: Target) -> Refusal | None:
@@ -67,7 +79,7 @@ def _accepts(case: Case, target: Target) -> Refusal | None:
     if rotary % 2 or rotary > p.head_dim:
         return Refusal(f"rotary_dim {rotary} is not an even number up to head_dim {p.head_dim}")
     blocks = case.rows * p.kv_heads * (p.group // _heads(p))
-    if _splits(case, p, target) == 1 and blocks < BLOCKS // 4:
+    if _division(case, p, target)[0] == 1 and blocks < BLOCKS // 4:
         return Refusal(f"{blocks} blocks leave multiprocessors idle, and the target has no clusters of blocks")
     return None
 
@@ -76,7 +88,7 @@ def _build(case: Case, target: Target) -> Any:
     ir = script()
     p = AttentionParams.of(case)
     rows: Any = case.rows  # known, or `_accepts` had refused
-    splits, per_block = _splits(case, p, target), _heads(p)
+    (splits, resident), per_block = _division(case, p, target), _heads(p)
     name = f"gq_decode_attention_{zlib.crc32(repr((case, target)).encode()):08x}"
     dependent = launch.supported(target)
     rotary, dtype = int(case["rotary_dim"]), case["input_dtype"]
@@ -100,7 +112,7 @@ def _build(case: Case, target: Target) -> Any:
         written = ("out", "k_cache", "v_cache")
 
         def body() -> None:
-            with ir.launch_thread("threadIdx.x", THREADS):
+            with ir.launch_thread("threadIdx.x", THREADS), ir.attr(0, launch.MIN_BLOCKS, resident):
                 shared = ir.alloc_buffer((_shared_bytes(p, per_block),), "uint8", scope="shared.dyn")
                 pointers = [t.access_ptr("rw" if key in written else "r") for key, t in tensors.items()]
                 text = _source(name, case, p, per_block, splits, dependent)
@@ -180,14 +192,14 @@ __device__ __forceinline__ void floats8(float* f, uint4 v) {
   for (int i = 0; i < 4; ++i) { float2 p = gq_floats(words[i]); f[2 * i] = p.x; f[2 * i + 1] = p.y; }
 }
 
-// Feature i of a head that begins at x, turned by the token's position and rounded as it is stored.
-__device__ __forceinline__ half turned(const @X@* x, int i, int t@ROTARY_PARAMETERS@) {
+// Feature i of a head that begins at x, turned by the token's position.
+__device__ __forceinline__ float turned(const @X@* x, int i, int t@ROTARY_PARAMETERS@) {
   float v = (float)x[i];
   if (i < ROTARY) {
     const float w = (float)x[@PARTNER@];
     v = v * @COS@ + (@FIRST@ ? -w : w) * @SIN@;
   }
-  return (half)v;
+  return v;
 }
 
 // The softmax state of G heads: maximum, sum, and eight features of the weighted values.
@@ -247,12 +259,12 @@ __device__ __forceinline__ void run(const @X@* __restrict__ q, const @X@* __rest
   @WAIT_FOR_PREVIOUS@
 
   for (int i = threadIdx.x; i < G * D; i += THREADS)
-    queries[i] = (float)turned(q + (long long)t * Q_WIDTH + Q_AT + (head + i / D) * Q_HEAD, i % D, t@ROTARY_ARGUMENTS@);
+    queries[i] = turned(q + (long long)t * Q_WIDTH + Q_AT + (head + i / D) * Q_HEAD, i % D, t@ROTARY_ARGUMENTS@);
   if (part == 0) {
     const int slot = slots[t];
     for (int i = threadIdx.x; i < D + DV; i += THREADS) {
       half value;
-      if (i < D) value = turned(k + (long long)t * K_WIDTH + K_AT + h * K_HEAD, i, t@ROTARY_ARGUMENTS@);
+      if (i < D) value = (half)turned(k + (long long)t * K_WIDTH + K_AT + h * K_HEAD, i, t@ROTARY_ARGUMENTS@);
       else value = (half)v_new[(long long)t * V_WIDTH + V_AT + h * V_HEAD + i - D];
       new_k[i] = value;
       if (slot >= 0 && head_block == 0) {

@@ -16,6 +16,7 @@ import cases_decode
 import cuda_emulator
 
 from gptq_compile.errors import NoKernelError
+from gptq_compile.kernels.cuda import decode_attention
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
 from tests.kernels.op_runner import needs_gxx
@@ -53,6 +54,33 @@ def test_a_negative_slot_is_not_appended(tmp_path: Path) -> None:
     cuda_emulator.run(func, HOPPER, tensors, tensors["page_table"].shape[1], tmp_path)
     np.testing.assert_array_equal(tensors["k_cache"], before)
     assert np.isfinite(tensors["out"]).all()
+
+
+@needs_gxx
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_any_number_of_parts_matches_float64(parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_attention, "AT_ONCE", {1: 132, parts: 132})
+    check = next(c for c in SMALL if c.case.rows == 3)
+    passed, said = _run(check, tmp_path)
+    assert passed, said
+
+
+@pytest.mark.parametrize(
+    ("group", "rows", "parts", "resident"),
+    [
+        (4, 1, 8, 1), (4, 2, 4, 1), (4, 4, 4, 2), (4, 8, 2, 1), (4, 16, 2, 2), (4, 32, 1, 2), (4, 64, 1, 2),
+        (3, 1, 8, 2), (3, 3, 8, 2), (3, 4, 4, 2), (8, 1, 8, 1), (8, 2, 4, 1), (8, 64, 1, 1),
+    ],
+)  # fmt: skip
+def test_all_clusters_of_a_step_run_at_once(group: int, rows: int, parts: int, resident: int) -> None:
+    """Eight key heads of 128: of eight blocks 15 clusters fit on an H200, so 16 would take twice as long."""
+    attrs = dict(SMALL[0].case.attrs) | {"heads": 8 * group, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128}
+    attrs |= {"rotary_dim": 0, "q_width": 1024 * group, "k_width": 1024, "v_width": 1024}
+    case = Case.make("decode_attention", "float16", rows, **attrs)
+    source = cuda_emulator.cuda_source(select(case, HOPPER).kernel.prim_func(case, HOPPER), HOPPER)
+    assert f"constexpr int S = {parts};" in source
+    assert f"__launch_bounds__(256, {resident})" in source
+    assert rows * 8 <= decode_attention.AT_ONCE[parts] * resident or rows > 32
 
 
 def test_few_rows_need_clusters_and_many_do_not() -> None:
