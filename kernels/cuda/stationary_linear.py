@@ -21,7 +21,7 @@ def accepts(case: Case, target: Target) -> Refusal | None:
     if case.rows is None or case.rows > stationary.MAX_ROWS:
         return Refusal(f"is for 1 to {stationary.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
     few = stationary.rows_of_stream(case["in_features"], case["bits"])
-    if case.rows <= few and not case.get("out_act"):
+    if case.rows <= few:
         return Refusal(f"is slower than stream up to {few} rows of {case['in_features']}")
     refusal = tile_linear.refuse_made(case)
     if refusal is not None:

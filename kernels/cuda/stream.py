@@ -211,7 +211,7 @@ def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
                 if norm and held(shape, config) > stream_input.MOST_HELD[shape.made.kind]:
                     return None
                 return config
-        if height > 1 and uses_digits(shape):
+        if height > 1 and uses_digits(shape) and not shape.act:
             height = 1
         elif units > 1:
             units //= 2
@@ -230,6 +230,11 @@ def _for_digits(shape: Shape, each: int) -> tuple[int, int, int]:
     more units a turn the fewer bits a code has.
     """
     bits = shape.grouping.bits
+    if shape.act:
+        # A warp multiplies gates and their factors side by side.
+        if shape.rows == 1:
+            return min(-(-each // 2), 2 if bits >= 4 else 4), 2, {8: 1, 4: 2}.get(bits, 4)
+        return min(-(-each // 2), 4), 2, 1 if bits == 8 else 2
     if each <= 3 or shape.units >= 64:
         tiles = min(each, 3 if shape.units < 64 else 2)
         return tiles, 1, 1 if bits == 8 else 4 if (each > 3 and shape.rows == 1) or _in_long_turns(shape) else 2
@@ -295,6 +300,8 @@ def source(
     bias = "const half* __restrict__ bias, " if has_bias else ""
     residual = "const float* __restrict__ residual, " if has_residual else ""
     parameters = shape.made.parameters
+    both = "gate += __half2float(bias[row]); v += __half2float(bias[OUTS + row]);"
+    folded = uses_digits(shape) and stream_input.may_fold(shape.made)
     way: Any = stream_digits if uses_digits(shape) else stream_halves
     body = (
         stream_body.BODY.replace("@CONSTANTS@", way.CONSTANTS)
@@ -305,7 +312,9 @@ def source(
         .replace("@MULTIPLY@", way.MULTIPLY)
         .replace("@TOKEN@", way.TOKEN)
         .replace("@STORE@", way.STORE_NATURAL if natural else way.STORE)
-        .replace("@INPUT@", stream_input.source(shape.made))
+        .replace("@INPUT@", stream_input.source(shape.made, folded))
+        .replace("@SCALE_OF@", "row_scale(reinterpret_cast<const float*>(shared + SCRATCH_AT), m)" if folded else "1.f")
+        .replace("@FOLDED@", str(folded).lower())
         .replace("@SOURCE@", "".join(f"const {kind}* __restrict__ {key}, " for key, kind in parameters))
         .replace("@ARGUMENTS@", ", ".join(key for key, _ in parameters))
         .replace("@RESIDUAL@", residual)
@@ -317,6 +326,9 @@ def source(
         .replace("@BIAS@", bias)
         .replace("@OUT@", out_type)
         .replace("@ADD_BIAS@", "v += __half2float(bias[row]);" if has_bias else "")
+        .replace("@ADD_BIAS_PAIR@", both if has_bias else "")
+        .replace("@GATED@", str(bool(shape.act)).lower())
+        .replace("@GATE@", stream_input.ACTIVATIONS[shape.act] if shape.act else "v")
         .replace("@FRAGMENTS@", f"gq_fragments{bits}")
         .replace("@BYTES@", f"gq_bytes{bits}")
         .replace("@HAS_ZEROS@", "true" if shape.has_zeros else "false")

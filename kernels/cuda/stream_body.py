@@ -6,9 +6,9 @@ from __future__ import annotations
 BODY = """
 constexpr int THREADS = T * S * 32, RUNS = 128 / RUN;
 @CONSTANTS@
-constexpr bool HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@;
+constexpr bool HAS_ZEROS = @HAS_ZEROS@, DEPENDENT = @DEPENDENT@, GATED = @GATED@, FOLDED = @FOLDED@;
 constexpr int GRIDS_HELD = U / PACK * RUNS;  // scales a lane needs of a tile and turn
-constexpr int SUPERS = (TILES + R - 1) / R;
+constexpr int SUPERS = (TILES + R - 1) / R, OUTS = GATED ? N / 2 : N, ROWS = GATED ? 16 : R * 16;
 constexpr int PIECES = STAGED * 16, HELD = (M * PIECES + THREADS * SIDE - 1) / (THREADS * SIDE) * SIDE;
 constexpr int TURN = U * BITS * 256, GRIDS = R * U * RUNS, SCALE_AT = R * TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
 constexpr int X_AT = T * S * D * SLOT, SUMS_AT = X_AT + X_BYTES;
@@ -19,6 +19,14 @@ constexpr int PARTIAL_AT = SCRATCH_AT + SCRATCH;
 __device__ __forceinline__ int piece(int i) { return (i / SIDE * THREADS + int(threadIdx.x)) * SIDE + i % SIDE; }
 @INPUT@
 @STAGE@
+__device__ __forceinline__ float activated(float v) { return @GATE@; }
+
+// The r-th of the tiles that a warp multiplies side by side: neighbours, or that of gates and that of their factors.
+__device__ __forceinline__ long long tile_of(int super, int r) {
+  if (GATED) return super + r * SUPERS;
+  return TILES % R && super * R + r >= TILES ? TILES - 1 : super * R + r;
+}
+
 __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, const half* __restrict__ scales,
                                     @ZEROS@@BIAS@@RESIDUAL@@OUT@* __restrict__ out, unsigned char* shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -53,13 +61,13 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
   auto aim = [&]() {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const long long tile = TILES % R && next * R + r >= TILES ? TILES - 1 : next * R + r;
-      from[r] = reinterpret_cast<const char*>(q) + tile * (CHUNKS * BITS * 128) + unit * (BITS * 256) + lane * 16;
+      from[r] = reinterpret_cast<const char*>(q) + tile_of(next, r) * (CHUNKS * BITS * 128) + unit * (BITS * 256) +
+                lane * 16;
     }
 #pragma unroll
     for (int i = 0; i < GRID_TURNS; ++i) {
       const int mine = is_zero ? i * 16 + lane - 16 : i * 8 + lane % 16 / 2, r = mine / (U * RUNS);
-      const long long tile = TILES % R && next * R + r >= TILES ? TILES - 1 : next * R + (r < R ? r : 0);
+      const long long tile = tile_of(next, r < R ? r : 0);
       grid[i] = is_zero ? reinterpret_cast<const char*>(zero_points) + tile * (GROUPS * 16)
                         : reinterpret_cast<const char*>(scales) + tile * (GROUPS * 32) + lane % 2 * 16;
     }
@@ -111,9 +119,9 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
     if constexpr (STATISTICS) statistics<HELD>(statistics_of, held, reinterpret_cast<float*>(shared + SCRATCH_AT));
 #pragma unroll
     for (int i = 0; i < HELD; i += SIDE) {
-      uint4 x[SIDE];
+      float x[SIDE][8];
 #pragma unroll
-      for (int p = 0; p < SIDE; ++p) x[p] = finish(held[i + p], before_held[i + p], statistics_of, piece(i + p));
+      for (int p = 0; p < SIDE; ++p) finish(x[p], held[i + p], before_held[i + p], statistics_of, piece(i + p));
       stage(x, piece(i), staged, sums);
     }
   } else {
@@ -129,14 +137,26 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
       }
 #pragma unroll
       for (int i = 0; i < MOST_HELD; i += SIDE) {
-        uint4 x[SIDE];
+        float x[SIDE][8];
 #pragma unroll
-        for (int p = 0; p < SIDE; ++p) x[p] = finish(some[i + p], before_held[0], statistics_of, piece(first + i + p));
+        for (int p = 0; p < SIDE; ++p) finish(x[p], some[i + p], before_held[0], statistics_of, piece(first + i + p));
         stage(x, piece(first + i), staged, sums);
       }
     }
   }
 @BEFORE@  __syncthreads();
+  float scales_of[FOLDED ? M : 1];
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+    if (FOLDED) scales_of[m] = @SCALE_OF@;
+  // What a row's sums are multiplied with; written without an index, which would put the numbers in memory.
+  auto scaled = [&](int row, float v) {
+    float scale = 1.f;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      if (FOLDED && row == m) scale = scales_of[m];
+    return v * scale;
+  };
 
 @OPERANDS@
   int use = 0, parity = 0;
@@ -173,14 +193,24 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
     }
     auto put = [&](int m, int row, float v) {
       if (m < M && row < N) {
+        v = scaled(m, v);
         @ADD_BIAS@
         @ADD_RESIDUAL@
         out[(long long)m * N + row] = (@OUT@)v;
       }
     };
+    auto put_gated = [&](int m, int row, float gate, float v) {
+      if (m < M && row < OUTS) {
+        gate = scaled(m, gate);
+        v = scaled(m, v);
+        @ADD_BIAS_PAIR@
+        out[(long long)m * OUTS + row] = (@OUT@)(activated(gate) * v);
+      }
+    };
     // Which token and row of the tile the i-th total of a lane is of.
     auto token_of = [&](int t, int i) { return @TOKEN@; };
     auto row_of = [&](int r, int i) { return r * 16 + g + i / (EACH / 2) * 8; };
+    float gates[GATED ? NT : 1][EACH];
     float* mine = S > 1 ? partial + ((parity * T + part) * S) * R * 16 * COLUMNS : nullptr;
 #pragma unroll
     for (int r = 0; r < R; ++r)
@@ -193,17 +223,23 @@ __device__ __forceinline__ void run(@SOURCE@const unsigned* __restrict__ q, cons
           for (int offset = PAIRS; offset < 4; offset *= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
           if (PACK > 1 && slot_of > 0) continue;
           const int token = token_of(t, i), row = row_of(r, i);
-          if (S == 1) put(token, super * R * 16 + row, v);
+          if (S == 1 && GATED && r == 0) gates[t][i] = v;
+          else if (S == 1 && GATED) put_gated(token, super * 16 + row - 16, gates[t][i], v);
+          else if (S == 1) put(token, super * R * 16 + row, v);
           else if (token < COLUMNS) mine[(split * R * 16 + row) * COLUMNS + token] = v;
         }
     if constexpr (S > 1) {
       gq_barrier(part + 1, S * 32);
-      for (int j = split * 32 + lane; j < R * 16 * M; j += S * 32) {
-        const int row = j % (R * 16), m = j / (R * 16);
-        float v = 0.f;
+      for (int j = split * 32 + lane; j < ROWS * M; j += S * 32) {
+        const int row = j % ROWS, m = j / ROWS;
+        float v = 0.f, gate = 0.f;
 #pragma unroll
-        for (int k = 0; k < S; ++k) v += mine[(k * R * 16 + row) * COLUMNS + m];
-        put(m, super * R * 16 + row, v);
+        for (int k = 0; k < S; ++k) {
+          if (GATED) gate += mine[(k * R * 16 + row) * COLUMNS + m];
+          v += mine[(k * R * 16 + (GATED ? 16 : 0) + row) * COLUMNS + m];
+        }
+        if (GATED) put_gated(m, super * 16 + row, gate, v);
+        else put(m, super * R * 16 + row, v);
       }
       parity ^= 1;
     }

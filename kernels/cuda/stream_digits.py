@@ -6,12 +6,12 @@ instruction, where halves (`stream_halves`) take two, and half as many multiplic
 codes of two and three bits are short of: an ALU of Hopper starts one every other clock.
 
 Activations of a run of codes (up to 128) become integers of 16 bits: x = v * 2**e with the largest e that the largest
-of them allows, so that halves within 1 / 8 of it are exact and the others are rounded by up to 2**-15 of it. v is
-high * 256 + low, both signed bytes, and columns 2m and 2m + 1 of a product are the low and the high digits of token m:
-four tokens fill the eight columns of an instruction. Where there are fewer, units of a turn take columns of their own:
-lanes whose columns are another unit's multiply zeros, and scales are applied once for up to four units, by all lanes of
-a row. Sums of a run are exact: they begin at the bits of 1.5 * 2**23, so that the register is a float, too, without a
-conversion (128 * 255 * 128 < 2**22).
+of them allows, so that halves within 1 / 8 of it are exact and what else there is is rounded by up to 2**-15 of it. v
+is high * 256 + low, both signed bytes, and columns 2m and 2m + 1 of a product are the low and the high digits of token
+m: four tokens fill the eight columns of an instruction. Where there are fewer, units of a turn take columns of their
+own: lanes whose columns are another unit's multiply zeros, and scales are applied once for up to four units, by all
+lanes of a row. Sums of a run are exact: they begin at the bits of 1.5 * 2**23, so that the register is a float, too,
+without a conversion (128 * 255 * 128 < 2**22).
 """
 
 from __future__ import annotations
@@ -75,43 +75,40 @@ STORE_NATURAL = """
 """
 
 STAGE = """
-// Stages SIDE pieces of eight halves, from piece j on, as digits, and the sum and the unit of their run.
-__device__ __forceinline__ void stage(const uint4* x, int j, unsigned char* at, Sum* sums) {
+// Stages SIDE pieces of eight activations, from piece j on, as digits, and the sum and the unit of their run.
+__device__ __forceinline__ void stage(const float (*x)[8], int j, unsigned char* at, Sum* sums) {
   constexpr int LANES = RUN / (8 * SIDE);  // that share a run
   if (j - int(threadIdx.x) % 32 * SIDE >= M * PIECES) return;
   const bool inside = j < M * PIECES;
   const unsigned row = M == 1 ? 0u : unsigned(j) / PIECES, place = M == 1 ? unsigned(j) : unsigned(j) % PIECES;
-  unsigned most = 0u;
+  float largest = 0.f;
 #pragma unroll
-  for (int p = 0; p < SIDE; ++p) {
-    const unsigned pairs = gq_largest(gq_largest(x[p].x, x[p].y), gq_largest(x[p].z, x[p].w));
-    most = p ? gq_largest(most, pairs) : pairs;
-  }
+  for (int p = 0; p < SIDE; ++p)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = gq_largest(largest, x[p][i]);
 #pragma unroll
   for (int offset = LANES / 2; offset > 0; offset /= 2)
-    most = gq_largest(most, __shfl_xor_sync(0xffffffffu, most, offset));
-  most = max(most & 0xffffu, most >> 16);
-  // The exponent field of the largest: 32,639 = 127 * 256 + 127 is the largest integer of two digits.
-  const unsigned exponent = max((most + 8u) >> 10, 1u);
-  const float factor = gq_float((156u - exponent) << 23);
+    largest = gq_largest(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+  const unsigned most = gq_bits(largest) & 0x7fffffffu;
+  // The exponent field of the largest, one more where it would be rounded to more than 32,639 = 127 * 256 + 127, the
+  // largest integer of two digits: from 32,639.5 on.
+  const unsigned exponent = max((most + 65792u) >> 23, 15u);
+  const float factor = gq_float((268u - exponent) << 23);
   // Rounded to an integer in the low bits; 128 more is what makes the low digit signed.
   unsigned v[SIDE][8], s = 0u - 8u * SIDE * 0x4b400080u;
 #pragma unroll
   for (int p = 0; p < SIDE; ++p) {
-    const unsigned words[4] = {x[p].x, x[p].y, x[p].z, x[p].w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 f = gq_floats(words[i]);
-      v[p][2 * i] = gq_bits(f.x * factor + (MAGIC + 128.f));
-      v[p][2 * i + 1] = gq_bits(f.y * factor + (MAGIC + 128.f));
-      s += v[p][2 * i] + v[p][2 * i + 1];
+    for (int i = 0; i < 8; ++i) {
+      v[p][i] = gq_bits(x[p][i] * factor + (MAGIC + 128.f));
+      s += v[p][i];
     }
   }
 #pragma unroll
   for (int offset = LANES / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
 @STORE@
   // What is no number stays none.
-  const float scale = most >= 0x7c00u ? gq_float(0x7fc00000u) : gq_float((98u + exponent) << 23);
+  const float scale = most >= 0x7f800000u ? gq_float(0x7fc00000u) : gq_float((exponent - 14u) << 23);
   if (inside && j / SIDE % LANES == 0) sums[row * STAGED * RUNS + place / (RUN / 8)] = {float(int(s)), scale};
 }
 """

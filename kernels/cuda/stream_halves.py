@@ -30,9 +30,10 @@ STORE_NATURAL = """  // What a lane multiplies by two steps, the same word of fo
 """
 
 STAGE = """
-// Stages sixteen bytes of x and adds up the codes of a run across the lanes that hold it.
-__device__ __forceinline__ void stage(const uint4* x, int j, unsigned char* at, Sum* sums) {
-  const uint4 v = *x;
+// Stages eight of x as halves and adds them up across the lanes that hold a run.
+__device__ __forceinline__ void stage(const float (*x)[8], int j, unsigned char* at, Sum* sums) {
+  const uint4 v = make_uint4(gq_pair(x[0][0], x[0][1]), gq_pair(x[0][2], x[0][3]), gq_pair(x[0][4], x[0][5]),
+                             gq_pair(x[0][6], x[0][7]));
   half* staged = reinterpret_cast<half*>(at);
   float s = 0.f;
   const unsigned words[4] = {v.x, v.y, v.z, v.w};

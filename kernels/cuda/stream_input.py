@@ -2,8 +2,11 @@
 """Where the activations of a stream kernel come from: a tensor as it is, a norm of one, or a gated (activated) one.
 
 Each kind is CUDA text that defines `Before` (what does not depend on the previous kernel, loaded first), `Held` (what
-does), `take`, `finish` (eight halves, rounded where an unfused kernel would store them) and, for norms, `Row` with the
-statistics of a row. Every block computes all of it: a launch saved is worth more than some thousand multiplications.
+does), `take`, `finish` (eight of them, not rounded) and, for norms, `Row` with the statistics of a row. Every block
+computes all of it: a launch saved is worth more than some thousand multiplications.
+
+The scale of an RMSNorm is one number of a row, so it can as well multiply what comes out of the linear (`folded`): then
+nothing waits for the sum over the row. Only where activations become integers, whose unit follows their size.
 """
 
 from __future__ import annotations
@@ -67,12 +70,15 @@ ACTIVATIONS = {
     "tanh": "tanhf(v)",
     "identity": "v",
 }
-"""C expressions of a float v; the same names as `kernels.activations`. Results are rounded to half; the fast
-exponential and division are off by some 2**-21, and every block of a linear computes them for all of K."""
+"""C expressions of a float v; the same names as `kernels.activations`. The fast exponential and division are off by
+some 2**-21, and every block of a linear computes them for all of K."""
 
 
-def source(made: Input) -> str:
-    """Returns the text of one kind, for the namespace of a kernel with M, K, THREADS, PIECES and `piece`."""
+def source(made: Input, folded: bool = False) -> str:
+    """Returns the text of one kind, for the namespace of a kernel with M, K, THREADS, PIECES and `piece`.
+
+    With `folded` (see `may_fold`) `finish` leaves out the scales of rows and `row_scale` returns them, after a barrier.
+    """
     text = _READ[made.dtype] + {
         PLAIN: _PLAIN, RMS_NORM: _NORM, LAYER_NORM: _NORM, GATED: _GATED, ACTIVATED: _GATED,
     }[made.kind]  # fmt: skip
@@ -86,6 +92,7 @@ def source(made: Input) -> str:
         "@HAS_WEIGHT@": str(made.has_weight).lower(),
         "@HAS_BIAS@": str(made.has_bias).lower(),
         "@CENTERED@": str(made.kind == LAYER_NORM).lower(),
+        "@FOLDED@": str(folded).lower(),
         "@HAS_UP@": str(made.kind == GATED).lower(),
         "@WEIGHT@": "s.weight" if made.has_weight else "(const float*)nullptr",
         "@BIAS@": "s.bias" if made.has_bias else "(const float*)nullptr",
@@ -99,6 +106,11 @@ def source(made: Input) -> str:
     for key, value in values.items():
         text = text.replace(key, value)
     return text
+
+
+def may_fold(made: Input) -> bool:
+    """Whether the activations of a row are what is read times one number, feature by feature."""
+    return made.kind == RMS_NORM and not made.has_bias
 
 
 _READ = {
@@ -138,7 +150,9 @@ __device__ __forceinline__ void take(Held& h, const Source& s, int j) {
   const int k = j % PIECES * 8;
   if (j < M * PIECES && k < K) read8(h.e, s.x + (long long)(j / PIECES) * K + k); else zero8(h.e);
 }
-__device__ __forceinline__ uint4 finish(const Held& h, const Before& b, const Row* rows, int j) { return h.e.v; }
+__device__ __forceinline__ void finish(float* f, const Held& h, const Before& b, const Row* rows, int j) {
+  floats8(f, h.e);
+}
 """
 
 _GATED = """
@@ -159,8 +173,8 @@ __device__ __forceinline__ void take(Held& h, const Source& s, int j) {
     zero8(h.up);
   }
 }
-__device__ __forceinline__ uint4 finish(const Held& h, const Before& b, const Row* rows, int j) {
-  float f[8], u[8];
+__device__ __forceinline__ void finish(float* f, const Held& h, const Before& b, const Row* rows, int j) {
+  float u[8];
   floats8(f, h.e);
   if (@HAS_UP@) floats8(u, h.up);
   // Beyond K there are zeros, whatever the activation makes of zero.
@@ -171,7 +185,6 @@ __device__ __forceinline__ uint4 finish(const Held& h, const Before& b, const Ro
     const float a = @ACT@;
     f[i] = !inside ? 0.f : @HAS_UP@ ? a * u[i] : a;
   }
-  return make_uint4(gq_pair(f[0], f[1]), gq_pair(f[2], f[3]), gq_pair(f[4], f[5]), gq_pair(f[6], f[7]));
 }
 """
 
@@ -204,7 +217,16 @@ __device__ __forceinline__ void take(Held& h, const Source& s, int j) {
   const int k = j % PIECES * 8;
   if (j < M * PIECES && k < K) read8(h.e, s.x + (long long)(j / PIECES) * K + k); else zero8(h.e);
 }
-// Adds v[m] up over the block; scratch holds a float for each warp and row.
+__device__ __forceinline__ float over_warps(const float* scratch, int m) {
+  float v = 0.f;
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; ++w) v += scratch[w * M + m];
+  return v;
+}
+__device__ __forceinline__ float row_scale(const float* scratch, int m) {
+  return rsqrtf(over_warps(scratch, m) * (1.f / K) + @EPS@);
+}
+// Adds v[m] up over the block, or leaves that to `row_scale`; scratch holds a float for each warp and row.
 __device__ __forceinline__ void block_sums(float* v, float* scratch) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -212,13 +234,10 @@ __device__ __forceinline__ void block_sums(float* v, float* scratch) {
     for (int offset = 16; offset > 0; offset /= 2) v[m] += __shfl_xor_sync(0xffffffffu, v[m], offset);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32 * M + m] = v[m];
   }
+  if (@FOLDED@) return;
   __syncthreads();
 #pragma unroll
-  for (int m = 0; m < M; ++m) {
-    v[m] = 0.f;
-#pragma unroll
-    for (int w = 0; w < THREADS / 32; ++w) v[m] += scratch[w * M + m];
-  }
+  for (int m = 0; m < M; ++m) v[m] = over_warps(scratch, m);
 }
 template <int COUNT>
 __device__ __forceinline__ void statistics(Row* rows, const Held* held, float* scratch) {
@@ -252,10 +271,10 @@ __device__ __forceinline__ void statistics(Row* rows, const Held* held, float* s
   }
   block_sums(total, scratch);
 #pragma unroll
-  for (int m = 0; m < M; ++m) rows[m].scale = rsqrtf(total[m] * (1.f / K) + @EPS@);
+  for (int m = 0; m < M; ++m) rows[m].scale = @FOLDED@ ? 1.f : rsqrtf(total[m] * (1.f / K) + @EPS@);
 }
-__device__ __forceinline__ uint4 finish(const Held& h, const Before& b, const Row* rows, int j) {
-  float f[8], mean = 0.f, scale = 0.f;
+__device__ __forceinline__ void finish(float* f, const Held& h, const Before& b, const Row* rows, int j) {
+  float mean = 0.f, scale = 0.f;
   floats8(f, h.e);
 #pragma unroll
   for (int m = 0; m < M; ++m)
@@ -263,6 +282,5 @@ __device__ __forceinline__ uint4 finish(const Held& h, const Before& b, const Ro
   const bool inside = j % PIECES * 8 < K;
 #pragma unroll
   for (int i = 0; i < 8; ++i) f[i] = inside ? (f[i] - mean) * scale * b.w[i] + b.b[i] : 0.f;
-  return make_uint4(gq_pair(f[0], f[1]), gq_pair(f[2], f[3]), gq_pair(f[4], f[5]), gq_pair(f[6], f[7]));
 }
 """

@@ -70,8 +70,11 @@ def accepts_fused(case: Case, target: Target) -> Refusal | None:
     refusal = accepts_stream(case, target)
     if refusal is not None:
         return refusal
-    if case.get("out_act"):
-        return Refusal("stores what it multiplies, not the product of gates and another factor")
+    if case.get("out_act") and (case.rows or 0) > stream.DIGIT_ROWS:
+        return Refusal(f"gates the results of at most {stream.DIGIT_ROWS} rows")
+    refusal = _refuse_gates(case)
+    if refusal is not None:
+        return refusal
     made = _input(case)
     if made.dtype not in stream_input.C_TYPES:
         return Refusal(f"needs float32 or float16 activations, not {made.dtype}")
@@ -88,6 +91,10 @@ def refuse_made(case: Case) -> Refusal | None:
     """Refuses activations that are to be made on the way in, and gates that are not whole tiles."""
     if case.get("input", stream_input.PLAIN) != stream_input.PLAIN:
         return Refusal("multiplies activations that are there, and makes none")
+    return _refuse_gates(case)
+
+
+def _refuse_gates(case: Case) -> Refusal | None:
     if case.get("out_act") and case["out_features"] % (2 * fragments.TILE_ROWS):
         return Refusal(f"needs gates that are whole tiles, not {case['out_features'] // 2} rows")
     return None

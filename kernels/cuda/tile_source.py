@@ -30,10 +30,11 @@ __device__ __forceinline__ void gq_mma_bytes(unsigned* d, const unsigned* a, uns
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
-// The larger magnitudes of two pairs of halves; what is no number wins.
-__device__ __forceinline__ unsigned gq_largest(unsigned a, unsigned b) {
-  const half2 r = __hmax2_nan(__habs2(*reinterpret_cast<half2*>(&a)), __habs2(*reinterpret_cast<half2*>(&b)));
-  return *reinterpret_cast<const unsigned*>(&r);
+// The larger magnitude; what is no number wins.
+__device__ __forceinline__ float gq_largest(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return r;
 }
 // (v & mask) | more in one instruction, which the compiler does not find where both are constants.
 __device__ __forceinline__ unsigned gq_and_or(unsigned v, unsigned mask, unsigned more) {

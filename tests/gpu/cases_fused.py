@@ -28,7 +28,7 @@ _ACTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def cases() -> list[KernelCase]:
     """All of them."""
-    return made_inputs() + several_rows(reads_natural(BuiltFor.target))
+    return made_inputs() + gated_results() + several_rows(reads_natural(BuiltFor.target))
 
 
 def made_inputs() -> list[KernelCase]:
@@ -69,6 +69,24 @@ def made_inputs() -> list[KernelCase]:
             if rows > 1 and not small and label != "rms":
                 continue
             found.append(_case(label, bits, group, k, n, rows, attrs, has_zeros=(i + j) % 2 == 0, residual=j % 3 != 1))
+    return found
+
+
+def gated_results() -> list[KernelCase]:
+    """Gates and their factors multiplied side by side, of a tensor and of norms of one: 1 to 4 rows."""
+    found = []
+    shapes = [
+        # bits, group, K, N, rows
+        (4, 128, 576, 96, 1), (4, 128, 264, 64, 3), (3, 64, 120, 32, 1), (2, 32, 416, 96, 2), (8, -1, 384, 64, 4),
+        (4, 128, 4096, 28672, 1), (4, 128, 4096, 28672, 3), (3, 128, 4096, 28672, 1), (2, 128, 4096, 28672, 4),
+        (8, 128, 4096, 28672, 1), (4, 64, 8192, 5632, 2),
+    ]  # fmt: skip
+    norm = {"input": "rms_norm", "input_dtype": "float32", "eps": 1e-5, "has_norm_weight": True}
+    for i, (bits, group, k, n, rows) in enumerate(shapes):
+        for label, attrs in (("gates", {}), ("rms_gates", norm)):
+            zeros = (i + bool(attrs)) % 2 == 0
+            act = "silu" if zeros else "gelu_tanh"
+            found.append(_case(label, bits, group, k, n, rows, {**attrs, "out_act": act}, zeros, residual=False))
     return found
 
 

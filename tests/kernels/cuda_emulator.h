@@ -219,9 +219,9 @@ static void gq_mma_bytes(unsigned* d, const unsigned* a, unsigned b0, unsigned b
   }
   emu_warp_wait();
 }
-static unsigned gq_largest(unsigned a, unsigned b) {
-  const unsigned low = max(a & 0x7fffu, b & 0x7fffu), high = max(a >> 16 & 0x7fffu, b >> 16 & 0x7fffu);
-  return low | high << 16;
+static float gq_largest(float a, float b) {
+  if (a != a || b != b) return NAN;
+  return fmaxf(fabsf(a), fabsf(b));
 }
 
 // What tile_source.PTX says in assembly. Asynchronous copies: the target is poisoned at once and written at the wait.

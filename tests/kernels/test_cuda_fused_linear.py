@@ -17,9 +17,10 @@ import cuda_emulator
 from cases import BuiltFor
 
 from gptq_compile.errors import NoKernelError
-from gptq_compile.kernels.cuda import stationary, stationary_linear, tile_linear, wgmma_choice, wgmma_linear
+from gptq_compile.kernels.cuda import stationary, stationary_linear, stream, tile_linear, wgmma_choice, wgmma_linear
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
+from gptq_compile.kernels.words import Grouping
 from tests.kernels.op_runner import needs_gxx
 
 HOPPER = Target.parse("cuda:sm_90")
@@ -30,6 +31,8 @@ SMALL = [
     c for c in cases_fused.made_inputs() if c.case["in_features"] * c.case["out_features"] * (c.case.rows or 1) < 60000
 ]
 
+GATES = [c for c in cases_fused.gated_results() if c.case["in_features"] * c.case["out_features"] < 60000]
+
 
 @needs_gxx
 @pytest.mark.parametrize("check", SMALL, ids=[c.name for c in SMALL])
@@ -39,6 +42,25 @@ def test_fused_linear_matches_float64(
     target = OLDER if check.case.rows == 3 else ALONE if check.case["has_bias"] else HOPPER
     monkeypatch.setattr(BuiltFor, "target", target)
     kernel = select(check.case, target).kernel
+    func = kernel.prim_func(check.case, target)
+    before = check.make_inputs(np.random.default_rng(0))
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), check.case.rows or 0, tmp_path)
+    passed, said = check.check(before, after)
+    assert passed, said
+
+
+@needs_gxx
+@pytest.mark.parametrize("check", GATES, ids=[c.name for c in GATES])
+def test_gated_results_match_float64(
+    check: cases_fused.KernelCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ALONE if check.case["has_zeros"] else HOPPER
+    monkeypatch.setattr(BuiltFor, "target", target)
+    monkeypatch.setattr(stream, "BLOCKS", 2)  # so that a block takes several tiles at once and in turn
+    kernel = select(check.case, target).kernel
+    assert kernel.name == "cuda.fused_linear.stream"
     func = kernel.prim_func(check.case, target)
     before = check.make_inputs(np.random.default_rng(0))
     after = [a.copy() for a in before]
@@ -94,6 +116,47 @@ def test_blocks_that_share_k_match_float64(
     after = [a.copy() for a in before]
     names = [p.name.removesuffix("_ptr") for p in func.params]
     cuda_emulator.run(func, ALONE, dict(zip(names, after, strict=True)), 13, tmp_path)
+    passed, said = check.check(before, after)
+    assert passed, said
+
+
+@needs_gxx
+@pytest.mark.parametrize("largest", [1.992156, 1.99217, 1.9921875, 65519.0, 1e30])
+def test_largest_activations_are_integers_of_two_digits(
+    largest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32,639 is the largest: what would be rounded to 32,640 takes a larger unit, also beyond half precision."""
+    monkeypatch.setattr(BuiltFor, "target", HOPPER)
+    relu = {"input": "activated", "act": "relu", "input_dtype": "float32"}
+    check = cases_fused._case("largest", 4, 128, 256, 32, 1, relu, True, residual=True)
+    func = select(check.case, HOPPER).kernel.prim_func(check.case, HOPPER)
+    before = check.make_inputs(np.random.default_rng(0))
+    before[0][0, :] = largest
+    before[0][0, 5:] = np.float32(largest / 3)
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, HOPPER, dict(zip(names, after, strict=True)), 1, tmp_path)
+    scaled = [before[0] / np.float32(largest), *before[1:-2], np.zeros_like(before[-2]), before[-1]]
+    expected = cases_fused._expected(check.case, Grouping.of(4, 256, 128), scaled) * largest + before[-2]
+    np.testing.assert_allclose(after[-1], expected, rtol=1e-3, atol=largest * 1e-3)
+
+
+@needs_gxx
+@pytest.mark.parametrize(("size", "rows"), [(1e-6, 1), (1e5, 1), (3e-3, 3)])
+def test_the_scale_of_a_norm_follows_the_product(
+    size: float, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is multiplied is not normed yet, so it may be far from one; each row has a scale of its own."""
+    monkeypatch.setattr(BuiltFor, "target", HOPPER)
+    norm = {"input": "rms_norm", "input_dtype": "float32", "eps": 1e-14, "has_norm_weight": True, "weight_offset": 1.0}
+    check = cases_fused._case("folded", 4, 128, 264, 48, rows, norm, True, residual=True)
+    func = select(check.case, HOPPER).kernel.prim_func(check.case, HOPPER)
+    assert "FOLDED = true" in cuda_emulator.cuda_source(func, HOPPER)
+    before = check.make_inputs(np.random.default_rng(0))
+    before[0] *= np.float32(size) * 10.0 ** np.arange(rows, dtype=np.float32)[:, None]
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, HOPPER, dict(zip(names, after, strict=True)), rows, tmp_path)
     passed, said = check.check(before, after)
     assert passed, said
 
