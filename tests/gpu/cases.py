@@ -59,17 +59,19 @@ def all_cases() -> list[KernelCase]:
     import cases_decode
     import cases_fused
     import cases_linear
-    import cases_ops
+
+    from tests.gpu import cases_ops
+    from tests.gpu.op_case import OpCase, mismatch
 
     found = cases_linear.cases() + cases_fused.cases() + cases_decode.cases()
     for op_case in (*cases_ops.op_cases("float16"), *cases_ops.op_cases("float32")):
         for n in op_case.sizes:
 
-            def make(rng: np.random.Generator, op_case: cases_ops.OpCase = op_case, n: int = n) -> Arguments:
+            def make(rng: np.random.Generator, op_case: OpCase = op_case, n: int = n) -> Arguments:
                 return op_case.make_inputs(rng, n)
 
-            def check(before: Arguments, after: Arguments, op_case: cases_ops.OpCase) -> tuple[bool, str]:
-                wrong = cases_ops.mismatch(op_case, before, after)
+            def check(before: Arguments, after: Arguments, op_case: OpCase) -> tuple[bool, str]:
+                wrong = mismatch(op_case, before, after)
                 return wrong is None, wrong or "within tolerance"
 
             found.append(

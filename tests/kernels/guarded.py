@@ -28,7 +28,8 @@ from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import T, tvm
 from gptq_compile.kernels.words import Grouping
-from tests.gpu import cases_ops
+from tests.gpu import cases_attention, cases_ops
+from tests.gpu.op_case import OpCase
 
 ALIGNMENT = 64  # bytes; what TVM's generated code may assume
 PAGE = mmap.PAGESIZE
@@ -149,10 +150,10 @@ def op_cases() -> Iterator[tuple[str, Case, list[np.ndarray]]]:
 
 def cache_cases(dtype: str) -> Iterator[tuple[str, Case, list[np.ndarray]]]:
     """Attention and the storing of keys and values, at sizes around a page of the cache."""
-    yield from _sized(cases_ops.attention_cases("float32", CacheFormat(dtype, True)))
+    yield from _sized(cases_attention.attention_cases("float32", CacheFormat(dtype, True)))
 
 
-def _sized(cases: Iterable[cases_ops.OpCase]) -> Iterator[tuple[str, Case, list[np.ndarray]]]:
+def _sized(cases: Iterable[OpCase]) -> Iterator[tuple[str, Case, list[np.ndarray]]]:
     for op_case in cases:
         for n in [size for size in op_case.sizes if size <= 17]:
             yield f"{op_case.name}, n={n}", op_case.case, op_case.make_inputs(np.random.default_rng(n), n)

@@ -16,7 +16,7 @@ from gptq_compile.kernels import toolchain
 from gptq_compile.kernels.registry import Kernel, select
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
-from tests.gpu.cases_ops import OpCase, mismatch
+from tests.gpu.op_case import OpCase, mismatch
 from tests.kernels import cuda_ops_emulator
 
 CPU = Target.parse("cpu")

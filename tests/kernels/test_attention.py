@@ -15,7 +15,7 @@ from gptq_compile.errors import NoKernelError
 from gptq_compile.kernels.cache_format import CacheFormat, row_width
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.tvm_env import tvm
-from tests.gpu.cases_ops import attention, attention_cases
+from tests.gpu.cases_attention import attention, attention_cases
 from tests.kernels import op_runner
 
 # What the CPU's caches hold; keys lie by column.

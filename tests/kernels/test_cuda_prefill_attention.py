@@ -16,7 +16,8 @@ import cuda_emulator
 from gptq_compile.kernels.cuda import prefill_attention
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
-from tests.gpu.cases_ops import OpCase, attention, mismatch
+from tests.gpu.cases_attention import attention
+from tests.gpu.op_case import OpCase, mismatch
 from tests.kernels.op_runner import needs_gxx, needs_nvcc
 from tests.kernels.test_cuda_linear_codegen import _spill_free
 

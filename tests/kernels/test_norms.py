@@ -7,7 +7,8 @@ import pytest
 
 from gptq_compile.kernels.norm_params import refuse_norm
 from gptq_compile.kernels.registry import Case
-from tests.gpu.cases_ops import mismatch, mixed_norm_cases, norm_cases
+from tests.gpu.cases_ops import mixed_norm_cases, norm_cases
+from tests.gpu.op_case import mismatch
 from tests.kernels import op_runner
 
 CASES = [*norm_cases("float32"), *norm_cases("float16")]
