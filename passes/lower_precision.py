@@ -162,9 +162,8 @@ class _Lowering:
             self._retype(node, policy)
             if was is None or dtype(node) == was:
                 return
-            if is_call(node, aten.embedding.default) or (
-                is_call(node, aten.linear.default) and self._only_rounding_reads(node)
-            ):
+            linear = is_call(node, aten.linear.default, torch.ops.gptq_compile.quant_linear.default)
+            if is_call(node, aten.embedding.default) or (linear and self._only_rounding_reads(node)):
                 self._widen(node, was)
 
     def _lower_rounding(self, node: Node) -> None:

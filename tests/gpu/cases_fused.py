@@ -132,7 +132,9 @@ def _case(label, bits, group, k, n, rows, attrs, has_zeros, residual, symbolic=F
             if attrs.get(flag):
                 found.append(rng.normal(size=k).astype(np.float32))
         codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
-        scales = (rng.uniform(0.5, 2.0, (n, grouping.groups)) / 100).astype(np.float16).astype(np.float32)
+        # The product of two results of 8 bits would be more than a half holds.
+        unit = 1600 if bits == 8 else 100
+        scales = (rng.uniform(0.5, 2.0, (n, grouping.groups)) / unit).astype(np.float16).astype(np.float32)
         zeros = rng.integers(0, 1 << bits, scales.shape, dtype=np.uint8) if has_zeros else None
         found += layout_for(case, BuiltFor.target).pack(case, codes, scales, zeros).values()
         if case["has_bias"]:

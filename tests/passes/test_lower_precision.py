@@ -263,6 +263,22 @@ def test_quantization_scales_stay(small):
     assert dtypes == {"codes": torch.uint8, "scales": torch.float32, "b": torch.float16}
 
 
+def test_quantized_products_reach_gates_as_float32_sums(small):
+    codes = torch.randint(0, 16, (16, 16), dtype=torch.uint8)
+
+    def body(p, x, _):
+        product = lambda: D.quant_linear(x, p.codes, p.scales, None, None, p.b, 4, 16)  # noqa: E731
+        return F.linear(D.gated_act(product(), product(), "silu") + product(), p.w)
+
+    program = small.program(body, codes=codes, scales=torch.full((16, 1), 0.125), b=WEIGHT, w=SQUARE)
+    _lower(program)
+    (gate,) = program.graph.find_nodes(op="call_function", target=D.gated_act.default)
+    assert [a.meta["val"].dtype for a in gate.args[:2]] == [torch.float32] * 2
+    products = program.graph.find_nodes(op="call_function", target=D.quant_linear.default)
+    assert {n.meta["val"].dtype for n in products} == {torch.float16}
+    assert all(a.target is torch.ops.aten._to_copy.default and a.args[0] in products for a in gate.args[:2])
+
+
 def test_a_weight_out_of_range_is_named(small):
     program = small.program(lambda p, x, _: F.linear(x, p.w), w=SQUARE * 1e5)
     with pytest.raises(ModelError, match=r"^Parameter 'w' holds 1e\+05, which torch\.float16 cannot represent"):
