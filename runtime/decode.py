@@ -97,6 +97,8 @@ class DecodeBatch:
             key = (penalized, row)
             if key not in self._graphs:
                 self._graphs[key] = self._device.capture(self._run)
+                if self._graphs[key] is None:  # so the others could not be captured either
+                    self._graphs |= {(penalized, r): None for r in range(self._device.depth)}
             graph = self._graphs[key]
             if graph is None:
                 outputs = self._run()

@@ -154,6 +154,8 @@ class _sigterm_unwinds:
 
     @staticmethod
     def _raise(signum: int, frame: FrameType | None) -> None:
+        # Another one would interrupt the unwinding, and leave behind what is being removed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Terminated
 
 

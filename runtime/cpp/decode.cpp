@@ -119,7 +119,10 @@ void DecodeStep::launch() {
     recorded.tried = true;
     kind.outputs = {};
     recorded.graph = device_.capture([&] { recorded.outputs = run(); });
-    if (recorded.graph == nullptr) recorded.outputs = {};
+    if (recorded.graph == nullptr) {
+      recorded.outputs = {};
+      for (Recorded& other : kind.graphs) other.tried = true;  // they could not be captured either
+    }
   }
   // The sampled tokens, not the next input ids: a row whose logits are invalid has token -1 here and 0 there.
   if (recorded.graph != nullptr) {

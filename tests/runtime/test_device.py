@@ -23,7 +23,7 @@ from gptq_compile.runtime.engine import Engine
 from gptq_compile.runtime.errors import DeviceError, RuntimeFailure
 from gptq_compile.runtime.ffi import ffi
 
-STREAM, GRAPH, EXEC, CONTEXT = 0x51, 0x52, 0x53, 0x54
+STREAM, GRAPH, CONTEXT, EXEC = 0x51, 0x52, 0x54, 0x1000
 
 
 class FakeLibrary:
@@ -37,7 +37,8 @@ class FakeLibrary:
         self.events = 0
         self.nodes = 3
         self.capturing = False
-        self.on_launch: Callable[[], None] = lambda: None
+        self.streams, self.graphs = 0, 0
+        self.on_launch: dict[int, Callable[[], None]] = {}  # by executable graph
         for name, arguments in cuda._SIGNATURES.items():
             # Pointers arrive as integers; the real argument types are set on top by the code under test.
             plain = [a if a in (ctypes.c_int, ctypes.c_uint, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_uint64)
@@ -96,7 +97,9 @@ class FakeLibrary:
         assert stream == STREAM and not self.capturing
         ctypes.memmove(to, source, size)
 
-    _cuMemcpyDtoHAsync_v2 = _cuMemcpyHtoDAsync_v2
+    def _cuMemcpyDtoHAsync_v2(self, to: int, source: int, size: int, stream: int) -> None:
+        assert stream >= STREAM and not self.capturing
+        ctypes.memmove(to, source, size)
 
     def _cuMemsetD8Async(self, to: int, value: int, size: int, stream: int) -> None:
         assert stream == STREAM
@@ -104,10 +107,15 @@ class FakeLibrary:
 
     def _cuStreamCreate(self, out: int, flags: int) -> None:
         assert flags == 1
-        self._set(out, STREAM)
+        self._set(out, STREAM + 0x10 * self.streams)  # the first computes
+        self.streams += 1
+
+    def _cuStreamDestroy_v2(self, stream: int) -> None:
+        assert stream > STREAM
+        self.streams -= 1
 
     def _cuStreamSynchronize(self, stream: int) -> None:
-        assert stream == STREAM and not self.capturing
+        assert stream >= STREAM and not self.capturing
 
     def _cuEventCreate(self, out: int, flags: int) -> None:
         self.events += 1
@@ -132,14 +140,15 @@ class FakeLibrary:
 
     def _cuGraphInstantiateWithFlags(self, out: int, graph: int, flags: int) -> None:
         assert graph == GRAPH
-        self._set(out, EXEC)
+        self._set(out, EXEC + self.graphs)
+        self.graphs += 1
 
     def _cuGraphLaunch(self, executable: int, stream: int) -> None:
-        assert executable == EXEC and stream == STREAM
-        self.on_launch()
+        assert stream == STREAM
+        self.on_launch[executable]()
 
     def _cuGraphExecDestroy(self, executable: int) -> None:
-        assert executable == EXEC
+        assert EXEC <= executable < EXEC + self.graphs
 
     def _cuGetErrorString(self, status: int, out: int) -> None:
         self.text = ctypes.c_char_p(b"a fake failure")
@@ -272,7 +281,7 @@ class FakeCudaDevice(CudaDevice):
                     ctypes.memmove(fixed.data_ptr(), tokens.data_ptr(), 4 * tokens.numel())
                 replays.append(None)
 
-            self.library.on_launch = replay
+            self.library.on_launch[EXEC + self.library.graphs - 1] = replay
         return graph
 
 
@@ -304,8 +313,8 @@ def test_the_cuda_device_generates_what_the_cpu_does(
     assert ("could not be captured" in caplog.text) == (not capturable)
     assert len([r for r in caplog.records if "captured" in r.message]) == (0 if capturable else 1)
     other.close()
-    assert library.events == 0 and not library.memory
-    assert library.calls.count("cuGraphExecDestroy") == (1 if capturable else 0)
+    assert library.events == 0 and library.streams == 1 and not library.memory
+    assert library.calls.count("cuGraphExecDestroy") == (CudaDevice.depth if capturable else 0)
 
 
 def test_an_empty_graph_is_an_error(

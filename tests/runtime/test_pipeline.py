@@ -53,7 +53,7 @@ class LateRing:
         self._device = device
         self._rows: list[np.ndarray | None] = [None] * depth
 
-    def push(self, row: int, device_pointer: int, count: int) -> None:
+    def push(self, row: int, device_pointer: int, count: int, reused: bool) -> None:
         def copy() -> None:
             memory = (ctypes.c_int32 * count).from_address(device_pointer)
             self._rows[row] = np.array(memory, "int32")
@@ -143,17 +143,17 @@ def test_steps_in_flight_change_nothing(
     assert 1 < device.deepest <= device.depth
 
 
-def test_one_graph_per_bucket_and_penalty(late: tuple[Engine, LateDevice]) -> None:
+def test_a_graph_for_each_bucket_penalty_and_step_in_flight(late: tuple[Engine, LateDevice]) -> None:
     engine, device = late
     for _ in range(3):
         engine.generate("one", 12, eos_token_id=[])
-    assert len(device.captures) == 1
+    assert len(device.captures) == device.depth
     # Every step runs once: the first token comes from prefill, the first call's warm-up runs directly.
     assert device.launches == 3 * 11 - WARM_UP_STEPS
     engine.generate("one", 12, eos_token_id=[], repetition_penalty=2.0)
-    assert len(device.captures) == 2
+    assert len(device.captures) == 2 * device.depth
     engine.generate(PROMPTS[:4], 12, eos_token_id=[])
-    assert len(device.captures) == 3
+    assert len(device.captures) == 3 * device.depth
 
 
 def test_stop_strings_and_streaming_with_steps_in_flight(engine: Engine, late: tuple[Engine, LateDevice]) -> None:
