@@ -33,7 +33,7 @@ def test_activations_of_8_bits_are_near(name: str, tmp_path: pathlib.Path) -> No
     assert 1e-8 < outcome.step < 2e-3
 
 
-@pytest.mark.parametrize("name", ("llama", "gemma2", "gpt_oss"))
+@pytest.mark.parametrize("name", ("llama", "gpt_oss"))
 def test_keys_and_values_in_fewer_bits_are_near(name: str, tmp_path: pathlib.Path) -> None:
     for cache, low, high in (("float16", 1e-11, BAR), ("int8", 1e-7, 5e-3)):
         folder = tmp_path / cache  # a library is loaded once from one path

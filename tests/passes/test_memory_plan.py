@@ -49,7 +49,7 @@ def measure(sequences: int, weighting: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sequences", "weighting"), [(60, "none"), (60, "gradient")])
+@pytest.mark.parametrize(("sequences", "weighting"), [(36, "none"), (36, "gradient")])
 def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) -> None:
     """In a process of its own: a heap that a thousand tests have used takes more than what is asked of it."""
     code = f"from tests.passes.test_memory_plan import measure; measure({sequences}, {weighting!r})"

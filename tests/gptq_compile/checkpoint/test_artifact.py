@@ -28,7 +28,9 @@ def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "--method",
         "rtn",
         "--target",
-        "cpu",
+        "cpu:x86-64-v3",
+        "--batch-buckets",
+        "1",
         "--activations",
         "float",
         "--kv-cache",
@@ -52,7 +54,8 @@ def test_an_artifact_exports_to_the_same_model(artifact: Path, tmp_path: Path) -
 
 
 def test_compiled_again_it_has_the_same_weights(artifact: Path, tmp_path: Path) -> None:
-    assert main([str(artifact), "--target", "cpu", "--json", "-o", str(tmp_path / "again")]) == 0
+    options = ["--target", "cpu:x86-64-v3", "--batch-buckets", "1", "--json"]
+    assert main([str(artifact), *options, "-o", str(tmp_path / "again")]) == 0
     with (
         safe_open(artifact / "weights.safetensors", "pt") as first,
         safe_open(tmp_path / "again" / "weights.safetensors", "pt") as second,

@@ -13,7 +13,7 @@ import pytest
 import gptq_compile
 from gptq_compile.cli.main import main
 
-SHORT = ["--target", "cpu", "--group-size", "32", "--nsamples", "4", "--seqlen", "32", "--batch-buckets", "1"]
+SHORT = ["--target", "cpu:x86-64-v3", "--group-size", "32", "--nsamples", "4", "--seqlen", "32", "--batch-buckets", "1"]
 
 
 def test_mixed_bits_compute_what_the_dequantized_model_computes(

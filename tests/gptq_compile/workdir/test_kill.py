@@ -40,7 +40,9 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def test_a_killed_compilation_goes_on_to_the_same_artifact(tiny_model: Path) -> None:
     settings = ["--group-size", "32", "--nsamples", "2", "--seqlen", "32", "--batch-buckets", "1", "--no-validate"]
     script = str(ROOT / "benchmarks" / "kill_test.py")
-    *points, summary = run([script, "--points", "1", "--model", str(tiny_model), "--", "--target", "cpu", *settings])
+    *points, summary = run(
+        [script, "--points", "1", "--model", str(tiny_model), "--", "--target", "cpu:x86-64-v3", *settings]
+    )
     assert summary["good"] == summary["points"] == len(points) == 1 and summary["files compared"] >= 8
 
 

@@ -43,8 +43,8 @@ def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def command(folder: Path, *more: str) -> list[str]:
     return [
-        str(folder / "model"), "--target", "cpu", "--calibration", str(folder / "text.txt"), "--nsamples", "2",
-        "--seqlen", "32", "--group-size", "32", "--no-validate", "--stop-after", "gptq_quantize",
+        str(folder / "model"), "--target", "cpu:x86-64-v3", "--calibration", str(folder / "text.txt"),
+        "--nsamples", "2", "--seqlen", "32", "--group-size", "32", "--no-validate", "--stop-after", "gptq_quantize",
         "--work-dir", str(folder / "work"), "-o", str(folder / "out"), *more,
     ]  # fmt: skip
 
