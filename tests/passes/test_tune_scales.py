@@ -298,8 +298,8 @@ def test_from_the_command_line_to_the_artifact(
     out, dequantized = tmp_path / "out", tmp_path / "dequantized"
     command = [
         str(tiny_model), "--target", "cpu:x86-64-v3", "--wbits", "3", "--group-size", "32", "--nsamples", "4",
-        "--seqlen", "32", "--batch-buckets", "1", "--activations", "float", "--kv-cache", "float32", "--tune-epochs", "1",
-        "--dequantized", str(dequantized), "-o", str(out),
+        "--seqlen", "32", "--batch-buckets", "1", "--activations", "float", "--kv-cache", "float32",
+        "--tune-epochs", "1", "--dequantized", str(dequantized), "-o", str(out),
     ]  # fmt: skip
     assert main(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
