@@ -265,7 +265,9 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
             ]
         with clock("build"):
             names = ["", *(f" {variant.archs[0]}" for variant in target.variants[1:])]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # code generation is not Python
+            pool = ThreadPoolExecutor(os.cpu_count())  # code generation is not Python
+            # Waited for twice: a signal may interrupt the first time, and what is written later would stay behind.
+            with pool, pool:
                 built = list(
                     pool.map(
                         lambda each, variant, name: build(

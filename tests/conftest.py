@@ -21,6 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GROUP_SIZE, CONTEXT, VOCABULARY = 32, 256, 258
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: processes share the suite by files, and one would wait for another at the end."""
+    items.sort(key=lambda item: item.path != pathlib.Path(__file__).with_name("test_architectures.py"))
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What one run of the command line made.

@@ -121,8 +121,13 @@ class StagedFolder:
                 )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._lock is not None:
+        if self._lock is None:
+            return
+        try:
             self._abandon()
+        except BaseException:  # a signal that comes late must not keep half of the folder
+            self._abandon()
+            raise
         if isinstance(error, OSError) and error.errno in _DISK:
             raise self.failure(error) from error
 

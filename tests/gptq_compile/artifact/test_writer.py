@@ -59,6 +59,22 @@ def nothing_left(folder) -> bool:
     return not list(folder.iterdir())
 
 
+def test_a_signal_while_it_is_removed_leaves_nothing(tmp_path, monkeypatch):
+    remove, calls = files.shutil.rmtree, []
+
+    def interrupted(path, ignore_errors=False):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(files.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), ArtifactWriter(tmp_path / "deep" / "out") as artifact:
+        artifact.add_file(b"{}", "lib/libtvm_ffi.so")
+        raise OSError("something else")
+    assert len(calls) == 2 and nothing_left(tmp_path)
+
+
 def test_the_runtime_reads_it(tmp_path):
     out = write(tmp_path / "out")
     assert out == tmp_path / "out" and os.listdir(tmp_path) == ["out"]
