@@ -97,8 +97,9 @@ class DecodeBatch:
             key = (penalized, row)
             if key not in self._graphs:
                 self._graphs[key] = self._device.capture(self._run)
-                if self._graphs[key] is None:  # so the others could not be captured either
-                    self._graphs |= {(penalized, r): None for r in range(self._device.depth)}
+                if self._graphs[key] is None:  # so those that are missing could not be captured either
+                    for other in range(self._device.depth):
+                        self._graphs.setdefault((penalized, other), None)
             graph = self._graphs[key]
             if graph is None:
                 outputs = self._run()

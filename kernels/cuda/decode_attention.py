@@ -22,7 +22,6 @@ from gptq_compile.kernels.target import Target
 THREADS = 256
 KEYS = 4
 """Keys that a group of lanes loads before it uses the first."""
-BLOCKS = 264
 AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 15}
 """Blocks of a cluster, up to as many as every sm_90 takes -> clusters that an H200 runs at once with one block on each
 multiprocessor."""
@@ -79,7 +78,7 @@ def _accepts(case: Case, target: Target) -> Refusal | None:
     if rotary % 2 or rotary > p.head_dim:
         return Refusal(f"rotary_dim {rotary} is not an even number up to head_dim {p.head_dim}")
     blocks = case.rows * p.kv_heads * (p.group // _heads(p))
-    if _division(case, p, target)[0] == 1 and blocks < BLOCKS // 4:
+    if _division(case, p, target)[0] == 1 and blocks < AT_ONCE[1] // 2:
         return Refusal(f"{blocks} blocks leave multiprocessors idle, and the target has no clusters of blocks")
     return None
 

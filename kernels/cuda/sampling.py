@@ -113,7 +113,7 @@ def _sample(case: Case, target: Target) -> Any:
                 mine = T.alloc_buffer((1,), "float32", scope="local")
                 best = T.alloc_buffer((1,), "int32", scope="local")
                 bad = T.alloc_buffer((1,), "int32", scope="local")
-                several = T.alloc_buffer((_AHEAD * L,), "float32", scope="local")
+                several = T.alloc_buffer((A * L,), "float32", scope="local")
                 top = T.alloc_buffer((1,), "float32", scope="local")
                 low = T.alloc_buffer((1,), "float32", scope="local")
                 result = T.alloc_buffer((1,), "int64", scope="local")

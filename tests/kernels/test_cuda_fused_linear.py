@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
 import cases_fused
 import cuda_emulator
-from cases import BuiltFor
+from cases import Arguments, BuiltFor
 
 from gptq_compile.errors import NoKernelError
 from gptq_compile.kernels.cuda import stationary, stationary_linear, stream, tile_linear, wgmma_choice, wgmma_linear
@@ -34,6 +35,14 @@ SMALL = [
 GATES = [c for c in cases_fused.gated_results() if c.case["in_features"] * c.case["out_features"] < 60000]
 
 
+def _run(func: Any, target: Target, before: Arguments, rows: int, folder: Path) -> Arguments:
+    """The arguments after the emulated call."""
+    after = [a.copy() for a in before]
+    names = [p.name.removesuffix("_ptr") for p in func.params]
+    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), rows, folder)
+    return after
+
+
 @needs_gxx
 @pytest.mark.parametrize("check", SMALL, ids=[c.name for c in SMALL])
 def test_fused_linear_matches_float64(
@@ -44,10 +53,7 @@ def test_fused_linear_matches_float64(
     kernel = select(check.case, target).kernel
     func = kernel.prim_func(check.case, target)
     before = check.make_inputs(np.random.default_rng(0))
-    after = [a.copy() for a in before]
-    names = [p.name.removesuffix("_ptr") for p in func.params]
-    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), check.case.rows or 0, tmp_path)
-    passed, said = check.check(before, after)
+    passed, said = check.check(before, _run(func, target, before, check.case.rows or 0, tmp_path))
     assert passed, said
 
 
@@ -63,10 +69,7 @@ def test_gated_results_match_float64(
     assert kernel.name == "cuda.fused_linear.stream"
     func = kernel.prim_func(check.case, target)
     before = check.make_inputs(np.random.default_rng(0))
-    after = [a.copy() for a in before]
-    names = [p.name.removesuffix("_ptr") for p in func.params]
-    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), check.case.rows or 0, tmp_path)
-    passed, said = check.check(before, after)
+    passed, said = check.check(before, _run(func, target, before, check.case.rows or 0, tmp_path))
     assert passed, said
 
 
@@ -88,10 +91,7 @@ def test_several_rows_match_float64(
     else:
         func = kernel.prim_func(check.case, target)
     before = check.make_inputs(np.random.default_rng(0))
-    after = [a.copy() for a in before]
-    names = [p.name.removesuffix("_ptr") for p in func.params]
-    cuda_emulator.run(func, target, dict(zip(names, after, strict=True)), rows, tmp_path)
-    passed, said = check.check(before, after)
+    passed, said = check.check(before, _run(func, target, before, rows, tmp_path))
     assert passed, said
 
 
@@ -113,10 +113,7 @@ def test_blocks_that_share_k_match_float64(
     check = cases_fused._case("shared", 4, 128, 512, 224, 13, attrs, True, residual=not act)
     func = stationary_linear.build(check.case, ALONE, config)
     before = check.make_inputs(np.random.default_rng(0))
-    after = [a.copy() for a in before]
-    names = [p.name.removesuffix("_ptr") for p in func.params]
-    cuda_emulator.run(func, ALONE, dict(zip(names, after, strict=True)), 13, tmp_path)
-    passed, said = check.check(before, after)
+    passed, said = check.check(before, _run(func, ALONE, before, 13, tmp_path))
     assert passed, said
 
 
@@ -133,9 +130,7 @@ def test_largest_activations_are_integers_of_two_digits(
     before = check.make_inputs(np.random.default_rng(0))
     before[0][0, :] = largest
     before[0][0, 5:] = np.float32(largest / 3)
-    after = [a.copy() for a in before]
-    names = [p.name.removesuffix("_ptr") for p in func.params]
-    cuda_emulator.run(func, HOPPER, dict(zip(names, after, strict=True)), 1, tmp_path)
+    after = _run(func, HOPPER, before, 1, tmp_path)
     scaled = [before[0] / np.float32(largest), *before[1:-2], np.zeros_like(before[-2]), before[-1]]
     expected = cases_fused._expected(check.case, Grouping.of(4, 256, 128), scaled) * largest + before[-2]
     np.testing.assert_allclose(after[-1], expected, rtol=1e-3, atol=largest * 1e-3)
@@ -154,9 +149,7 @@ def test_the_scale_of_a_norm_follows_the_product(
     assert "FOLDED = true" in cuda_emulator.cuda_source(func, HOPPER)
     before = check.make_inputs(np.random.default_rng(0))
     before[0] *= np.float32(size) * 10.0 ** np.arange(rows, dtype=np.float32)[:, None]
-    after = [a.copy() for a in before]
-    names = [p.name.removesuffix("_ptr") for p in func.params]
-    cuda_emulator.run(func, HOPPER, dict(zip(names, after, strict=True)), rows, tmp_path)
+    after = _run(func, HOPPER, before, rows, tmp_path)
     passed, said = check.check(before, after)
     assert passed, said
 

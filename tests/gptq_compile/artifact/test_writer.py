@@ -262,7 +262,7 @@ def test_another_run_at_work_is_left_alone(tmp_path):
         other.rename(mine)
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", "."])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "."])
 def test_names_stay_inside(tmp_path, name):
     with (
         pytest.raises(OutputError, match="is not the name of a file inside"),
