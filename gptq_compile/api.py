@@ -229,7 +229,8 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 again = work.claimed(options.dequantized)
                 StagedFolder(options.dequantized, overwrite=is_model if again else None).check()
                 work.claim(options.dequantized)
-                write_dequantized(source, dequantized_weights(program), options.dequantized, overwrite=again)
+                weights = dequantized_weights(program, getattr(torch, dtype))
+                write_dequantized(source, weights, options.dequantized, overwrite=again)
         if options.format == "onnx":
             from gptq_compile.onnx.export import write_onnx
 

@@ -271,8 +271,9 @@ class _Lowering:
         key = (param, to)
         if key not in self.stored:
             base = param.meta["param"]
-            _add_converted(self.program.params, f"{base}.{_SHORT[to]}", base, to)
-            self.stored[key] = self.program._placeholder(f"{base}.{_SHORT[to]}")
+            name = base + stored_suffix(to)
+            _add_converted(self.program.params, name, base, to)
+            self.stored[key] = self.program._placeholder(name)
             self.changed.add(self.stored[key])
         return self.stored[key]
 
@@ -295,6 +296,11 @@ class _Lowering:
             self.program.graph.erase_node(old)
             new.name = label
             new.target = label
+
+
+def stored_suffix(dtype: torch.dtype) -> str:
+    """The ending of a parameter's name under which it is stored in another type beside its own."""
+    return f".{_SHORT[dtype]}"
 
 
 def _add_converted(params: ParamStore, name: str, source: str, to: torch.dtype) -> None:

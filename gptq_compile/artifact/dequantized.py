@@ -17,17 +17,19 @@ from gptq_compile.errors import OutputError
 from gptq_compile.frontend.source import ModelSource
 from gptq_compile.passes.dialect import dequantize
 from gptq_compile.passes.dialect_experts import dequantize_experts
-from gptq_compile.passes.program import Program
+from gptq_compile.passes.lower_precision import LowerPrecision, stored_suffix
+from gptq_compile.passes.program import ParamStore, Program
 
 _TRANSPOSED = ".T"  # ends the name of a parameter that Normalize turned into a linear's weight
 
 
-def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
+def dequantized_weights(program: Program, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Tensor]]:
     """What a quantized program multiplies by, and what else changed, under the checkpoint's names: the norm weights
-    that were tuned, and matrices that are stored in float16.
+    that were tuned, and matrices and biases that are stored in half precision.
 
     Args:
         program: after ``gptq_quantize`` and before ``pack_weights``.
+        dtype: in which it will compute.
 
     Returns:
         Parameter name -> function that makes the float32 weight in the checkpoint's shape.
@@ -46,7 +48,7 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
         made = dequantize_experts(codes, scales, zeros, bits, group)
         return made.transpose(1, 2).contiguous() if name.endswith(_TRANSPOSED) else made
 
-    def halved(name: str) -> Tensor:
+    def halved(params: ParamStore, name: str) -> Tensor:
         made = params.get(name).float()
         return made.t().contiguous() if name.endswith(_TRANSPOSED) else made
 
@@ -65,7 +67,14 @@ def dequantized_weights(program: Program) -> dict[str, Callable[[], Tensor]]:
             found[name.removesuffix(_TRANSPOSED)] = partial(experts, name, (codes, scales, zeros), bits, group)
     for name in program.attrs.get("halved", ()):
         base = params.canonical(name)
-        found[base.removesuffix(_TRANSPOSED)] = partial(halved, base)
+        found[base.removesuffix(_TRANSPOSED)] = partial(halved, params, base)
+    if dtype != torch.float32:
+        lowered = program.clone()
+        LowerPrecision(dtype).run(lowered)
+        for name in lowered.param_nodes:
+            base = params.canonical(name.removesuffix(stored_suffix(dtype)))
+            if lowered.params.dtype(name) == dtype != params.dtype(base):
+                found[base.removesuffix(_TRANSPOSED)] = partial(halved, lowered.params, name)
     for name in program.attrs.get("tuned_norms", ()):
         base, shift = program.attrs.get("shifted", {}).get(name, (name, 0))
         found[base] = partial(shifted, name, shift)

@@ -10,9 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptq_compile.artifact.dequantized import write_dequantized
+from gptq_compile.artifact.dequantized import dequantized_weights, write_dequantized
 from gptq_compile.errors import OutputError
 from gptq_compile.frontend.source import load_source
+from gptq_compile.frontend.trace import trace
+from gptq_compile.passes.lower_precision import LowerPrecision
+from gptq_compile.passes.manager import PassManager
+from gptq_compile.passes.pipeline import trace_passes
 
 
 def reload(folder, dtype=torch.float32):
@@ -46,6 +50,29 @@ def test_reloaded_model_computes_with_the_overrides(tmp_path, save_model, model_
     assert os.path.exists(out / "tokenizer.json")
     assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"] == source.tokenizer("abc")["input_ids"]
     assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"), [("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("mixtral", {})]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_half_precision_stores_is_what_the_folder_has(tmp_path, save_model, model_type, config, dtype):
+    """A program in half precision multiplies by rounded matrices and adds rounded biases; norms are not rounded."""
+    model = save_model(tmp_path / "in", model_type, **config)
+    source = load_source(str(tmp_path / "in"))
+    program = trace(source.config, source.params, name=source.name)
+    PassManager(trace_passes(), validate=False).run(program)
+    made = {name: make() for name, make in dequantized_weights(program, dtype).items()}
+    assert not dequantized_weights(program)
+    again = reload(write_dequantized(source, made, tmp_path / "out"))
+    PassManager([LowerPrecision(dtype)], validate=False).run(program)
+    params = program.params
+    stored = {params.canonical(n).removesuffix(".T"): params.dtype(n) for n in program.param_nodes}
+    assert dtype in stored.values() and torch.float32 in stored.values()
+    for name, value in model.named_parameters():
+        is_half = stored[name] == dtype
+        assert torch.equal(again.get_parameter(name), value.to(dtype).float() if is_half else value), name
+        assert is_half == (name in made)
 
 
 def test_shards_and_half_precision(tmp_path, save_model):
