@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
 
-from gptq_compile.passes.program import ParamStore
+from gptq_compile.frontend.trace import trace
+from gptq_compile.passes.manager import PassManager
+from gptq_compile.passes.pipeline import trace_passes
+from gptq_compile.passes.program import ParamStore, Program
 
 _BASE: dict[str, Any] = {
     "vocab_size": 256,
@@ -121,3 +126,25 @@ def param_store(model: torch.nn.Module) -> ParamStore:
     for key, value in model.state_dict().items():
         store.set(key, value)
     return store
+
+
+@functools.cache
+def _made(name: str, raised: bool, changes: tuple[tuple[str, Any], ...]) -> Program:
+    if raised:
+        program = _made(name, False, changes).clone()
+        PassManager(trace_passes(), validate=False).run(program)
+        return program
+    return trace(tiny_config(name, **dict(changes)), param_store(tiny_model(name, **dict(changes))), name=name)
+
+
+def traced(name: str, *, raised: bool = True, **changes: Any) -> Program:
+    """The program of `tiny_model`; a clone of one that is made once a process, because tracing takes seconds.
+
+    Args:
+        name: a key of `CONFIGS`. ``changes``: override single keys.
+        raised: as the passes before quantization leave it, not as it was traced.
+    """
+    made = _made(name, raised, tuple(sorted(changes.items())))
+    program = made.clone()
+    program.info = copy.deepcopy(made.info)
+    return program

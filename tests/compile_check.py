@@ -12,7 +12,6 @@ import torch
 import tvm_ffi
 
 from gptq_compile.artifact.dequantized import dequantized_weights
-from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.build import build
 from gptq_compile.passes.evaluate import PAGE_SIZE
@@ -20,9 +19,9 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.lower_to_relax import Lowered, lower_to_relax
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import lowering_passes, trace_passes
-from gptq_compile.passes.program import ParamStore, Program
-from tests.architectures import tiny_config, tiny_model
+from gptq_compile.passes.pipeline import lowering_passes
+from gptq_compile.passes.program import Program
+from tests.architectures import tiny_model, traced
 
 TOKENS = 37
 """More than two pages of 16 and four windows of 8, and no whole number of either."""
@@ -50,7 +49,7 @@ def nmse(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def check(
-    name: str, folder: Path, *, group_size: int = 32, validate: bool = False, activations: str = "float",
+    name: str, folder: Path, *, group_size: int = 32, activations: str = "float",
     cache: str | None = None, **changes: Any,
 ) -> Outcome:  # fmt: skip
     """Compiles the tiny model ``name`` with 4-bit round-to-nearest linears into ``folder`` and runs it both ways.
@@ -59,24 +58,20 @@ def check(
         name: a key of ``architectures.CONFIGS``. ``changes``: override single keys of its config.
         folder: for the library.
         group_size: of the quantization.
-        validate: compare the references before and after each pass, too.
         activations: what quantized linears multiply, ``int8`` or ``float``.
         cache: type of the KV cache, by default float32.
     """
     model = tiny_model(name, **changes)
-    store = ParamStore()
-    for key, value in model.state_dict().items():
-        store.set(key, value.clone())  # the model's own tensors are overwritten below
-    program = trace(tiny_config(name, **changes), store, name=name)
+    program = traced(name, **changes)  # with tensors of its own: the model's are overwritten below
     target = Target.parse("cpu")
     rtn = GptqQuantize(QuantizeConfig(wbits=4, group_size=group_size, method="rtn"))
-    PassManager([*trace_passes(), rtn], validate=validate).run(program)
+    PassManager([rtn], validate=False).run(program)
     ids = np.random.default_rng(0).integers(3, 250, TOKENS)
     original = _reference(model, ids)
     dequantized = {key: make() for key, make in dequantized_weights(program).items()}
     assert model.load_state_dict(dequantized, strict=False).unexpected_keys == []
     want = _reference(model, ids)
-    PassManager(list(lowering_passes(target, "float32", cache=cache)), validate=validate).run(program)
+    PassManager(list(lowering_passes(target, "float32", cache=cache)), validate=False).run(program)
     lowered = lower_to_relax(program, target, [1], sampling=False, activations=activations)
     library = folder / f"{name}.so"
     build(lowered.module, target, library)

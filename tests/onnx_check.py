@@ -11,21 +11,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from gptq_compile.frontend.trace import trace
 from gptq_compile.onnx.lowering import Lowering
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
-from tests.architectures import param_store, tiny_config, tiny_model
-
-
-def raised(name: str, **changes: Any) -> Program:
-    """The tiny model ``name`` before quantization; ``changes`` override keys of its config."""
-    program = trace(tiny_config(name, **changes), param_store(tiny_model(name, **changes)), name=name)
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
+from tests.architectures import traced
 
 
 def rounded(program: Program, wbits: int = 4, group_size: int = 32, sym: bool = False) -> Program:
@@ -37,7 +28,7 @@ def rounded(program: Program, wbits: int = 4, group_size: int = 32, sym: bool = 
 
 def quantized(name: str, *, group_size: int = 32, **changes: Any) -> Program:
     """The tiny model ``name`` at 4 bits."""
-    return rounded(raised(name, **changes), group_size=group_size)
+    return rounded(traced(name, **changes), group_size=group_size)
 
 
 def export(program: Program, folder: Path) -> OrtModel:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gptq_compile.errors import CalibrationError, ConfigError
-from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.budget import BudgetedQuantize, Footprint, stored_bits
 from gptq_compile.passes.evaluate import evaluate
@@ -18,13 +17,12 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.rtn import rtn
 from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.pack_weights import PackWeights
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.round_head import RoundHead
 from gptq_compile.passes.sensitivity import REFERENCE_BITS, candidates_for, measure
 from gptq_compile.passes.stages import quantizable
 from gptq_compile.passes.store_half import StoreHalf
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests import architectures
 
 ops = torch.ops.gptq_compile
 CONFIG = QuantizeConfig(group_size=64)
@@ -33,8 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def traced() -> Program:
-    program = trace(tiny_config("llama"), param_store(tiny_model("llama")))
-    PassManager(trace_passes(), validate=False).run(program)
+    program = architectures.traced("llama")
     # Uneven on purpose: the first layer's output projection matters more than others.
     name = "model.layers.0.self_attn.o_proj.weight"
     program.params.set(name, program.params.get(name) * 8)

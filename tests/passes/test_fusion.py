@@ -9,7 +9,6 @@ import functools
 import pytest
 import torch
 
-from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes import fusion
 from gptq_compile.passes.build import relax_passes
@@ -17,21 +16,18 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.lower_to_relax import lower_to_relax
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import lowering_passes, trace_passes
-from gptq_compile.passes.program import ParamStore, Program
-from tests.architectures import tiny_config, tiny_model
+from gptq_compile.passes.pipeline import lowering_passes
+from gptq_compile.passes.program import Program
+from tests.architectures import traced
 
 HOPPER, ALONE, OLDER, CPU = (Target.parse(t) for t in ("cuda:sm_90", "cuda:sm_90a", "cuda:sm_80", "cpu"))
 
 
 @functools.cache
 def _program(name: str, target: Target) -> Program:
-    store = ParamStore()
-    for key, value in tiny_model(name).state_dict().items():
-        store.set(key, value.clone())
-    program = trace(tiny_config(name), store, name=name)
+    program = traced(name)
     rtn = GptqQuantize(QuantizeConfig(wbits=4, group_size=32, method="rtn"))
-    PassManager([*trace_passes(), rtn], validate=False).run(program)
+    PassManager([rtn], validate=False).run(program)
     # Validated: linears that became one compute what they did.
     PassManager(list(lowering_passes(target, "float16"))).run(program)
     return program

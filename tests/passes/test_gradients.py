@@ -3,30 +3,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gptq_compile.frontend.trace import trace
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.hessian import Hessian
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.gradients import cuts_between_layers, squared_gradients
-from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.stage_runner import Runner
 from gptq_compile.passes.stages import quantizable
-from tests.architectures import param_store, tiny_model
+from tests.architectures import tiny_model, traced
 
 CPU = torch.device("cpu")
-
-
-def traced(model):
-    program = trace(copy.deepcopy(model.config), param_store(model), name="tiny", source="tests")
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
 
 
 def from_transformers(model, ids):
@@ -52,8 +41,7 @@ def from_transformers(model, ids):
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma2"])
 def test_they_are_those_of_autograd(architecture):
     """Whatever the number of sequences a call takes, and wherever the graph is cut, or not cut at all."""
-    model = tiny_model(architecture).eval()
-    program = traced(model)
+    model, program = tiny_model(architecture), traced(architecture)
     linears = quantizable(program, False)
     assert cuts_between_layers([n for n in program.graph.nodes if n.op == "call_function"])
     ids = torch.randint(0, 200, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -68,8 +56,7 @@ def test_they_are_those_of_autograd(architecture):
 
 
 def test_they_leave_the_parameters_alone():
-    model = tiny_model("llama")
-    program = traced(model)
+    program = traced("llama")
     with Runner(program, CPU) as runner:
         ids = torch.arange(24).reshape(2, 12)
         squared_gradients(program, runner, runner.batches(ids, 1), quantizable(program, False))
@@ -78,7 +65,7 @@ def test_they_leave_the_parameters_alone():
 
 def test_hessians_are_weighted_by_them(monkeypatch):
     """d = 1 + strength * |g|^2 / mean: the mean weight of a sequence's tokens is 1 + strength."""
-    program = traced(tiny_model("llama"))
+    program = traced("llama")
     ids = torch.randint(0, 200, (2, 16), generator=torch.Generator().manual_seed(1))
     seen = []
     add = Hessian.add
@@ -96,11 +83,11 @@ def test_other_errors_of_the_gradients_are_not_hidden(monkeypatch):
 
     monkeypatch.setattr("gptq_compile.passes.gptq_quantize.squared_gradients", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        GptqQuantize(QuantizeConfig(group_size=16), torch.arange(32).reshape(2, 16)).run(traced(tiny_model("llama")))
+        GptqQuantize(QuantizeConfig(group_size=16), torch.arange(32).reshape(2, 16)).run(traced("llama"))
 
 
 def test_a_model_without_gradients_is_quantized_with_equal_weights(monkeypatch, caplog):
-    program = traced(tiny_model("llama"))
+    program = traced("llama")
 
     def fail(*_):
         raise RuntimeError("derivative for aten::something is not implemented")

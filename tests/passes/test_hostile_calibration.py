@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptq_compile.frontend.trace import trace
 from gptq_compile.passes.dialect import dequantize
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize, LinearReport
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import traced
 
 ops = torch.ops.gptq_compile
 HEALTHY = torch.randint(0, 32, (6, 48), generator=torch.Generator().manual_seed(3))
@@ -128,9 +126,7 @@ def test_all_tokens_are_nan(chain):
 
 @pytest.fixture(scope="module")
 def llama() -> Program:
-    program = trace(tiny_config("llama"), param_store(tiny_model("llama")))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
+    return traced("llama")
 
 
 @pytest.mark.parametrize("sequential", ["true", "block"])

@@ -18,7 +18,7 @@ from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.memory_plan import plan_memory
 from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
-from tests.architectures import CONFIGS, param_store, tiny_config, tiny_model
+from tests.architectures import CONFIGS, param_store, tiny_config, tiny_model, traced
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -63,8 +63,7 @@ def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) ->
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "mixtral", "gpt2"])
 def test_a_plan_is_made_for_every_kind_of_model(architecture: str) -> None:
     assert architecture in CONFIGS
-    program = trace(tiny_config(architecture), param_store(tiny_model(architecture)))
-    PassManager(trace_passes(), validate=False).run(program)
+    program = traced(architecture)
     for sequential in ("true", "block"):
         plan = plan_memory(program, config(sequential=sequential), 8, 64, CPU)
         assert plan.peak >= plan.activations > 0 and plan.peak >= plan.hessian > 0

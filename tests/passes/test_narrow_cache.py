@@ -8,30 +8,21 @@ import pytest
 import torch
 
 from gptq_compile.errors import ConfigError, PassError
-from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.cache_format import CacheFormat
 from gptq_compile.passes import cache_rows
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.insert_kv_cache import InsertKvCache
 from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.narrow_cache import NarrowCache
-from gptq_compile.passes.pipeline import trace_passes
-from gptq_compile.passes.program import Program
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import traced
 
 LOST = {"float16": (1e-11, 1e-5), "int8": (1e-7, 1e-2)}
-
-
-def program(name: str) -> Program:
-    made = trace(tiny_config(name), param_store(tiny_model(name)))
-    PassManager(trace_passes(), validate=False).run(made)
-    return made
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("to", LOST)
 def test_a_model(name: str, to: str) -> None:
-    made = program(name)
+    made = traced(name)
     ids = torch.arange(3, 40)
     wanted = evaluate(made, ids).double()
     manager = PassManager([InsertKvCache(), NarrowCache(to)])  # and compares with its tolerance
@@ -52,7 +43,7 @@ def test_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="float16 or int8, not bfloat16"):
         NarrowCache("bfloat16")
     with pytest.raises(PassError, match="no cache to narrow"):
-        PassManager([NarrowCache("int8")], validate=False).run(program("llama"))
+        PassManager([NarrowCache("int8")], validate=False).run(traced("llama"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

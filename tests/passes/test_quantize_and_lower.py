@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from gptq_compile.errors import CalibrationError, ConfigError
-from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.gptq.config import QuantizeConfig
@@ -16,10 +15,9 @@ from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.insert_kv_cache import InsertKvCache
 from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.pack_weights import PackWeights
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stages import quantizable
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests import architectures
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
@@ -28,9 +26,7 @@ GROUP = 32
 
 @pytest.fixture(scope="module")
 def traced() -> Program:
-    program = trace(tiny_config("llama"), param_store(tiny_model("llama")))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
+    return architectures.traced("llama")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gptq_compile.artifact.dequantized import dequantized_weights
-from gptq_compile.frontend.trace import trace
 from gptq_compile.kernels.target import Target
 from gptq_compile.passes.budget import BudgetedQuantize
 from gptq_compile.passes.evaluate import evaluate
@@ -21,11 +20,11 @@ from gptq_compile.passes.gptq.store import dump, load
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.interpret import Interpreter
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import lowering_passes, trace_passes
+from gptq_compile.passes.pipeline import lowering_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.quantize_experts import TOKENS_PER_FEATURE, ExpertHessians, is_expert, solve_experts
 from gptq_compile.passes.stages import quantizable
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests import architectures
 
 ops = torch.ops.gptq_compile
 CONFIG = QuantizeConfig(group_size=16, token_weighting="none")
@@ -35,9 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def traced(request) -> Program:
     """Experts as ``[experts, N, K]``, and transposed with biases."""
-    program = trace(tiny_config(request.param), param_store(tiny_model(request.param)))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
+    return architectures.traced(request.param)
 
 
 @pytest.fixture(scope="module")

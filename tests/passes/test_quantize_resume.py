@@ -9,15 +9,12 @@ import pytest
 import torch
 
 import gptq_compile.passes.gptq_quantize as module
-from gptq_compile.frontend.trace import trace
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.solution import Solution
 from gptq_compile.passes.gptq.store import dump, load
 from gptq_compile.passes.gptq_quantize import GptqQuantize
-from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests import architectures
 
 
 class Stopped(Exception):
@@ -45,9 +42,7 @@ class Store:
 
 @pytest.fixture(scope="module")
 def traced() -> Program:
-    program = trace(tiny_config("llama"), param_store(tiny_model("llama")))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
+    return architectures.traced("llama")
 
 
 def quantize(traced: Program, store: Store | None, sequential: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -91,8 +86,7 @@ def test_interrupted_at_any_solve_ends_with_the_same_codes(
 
 
 def test_experts_go_on_too() -> None:
-    program = trace(tiny_config("qwen3_moe"), param_store(tiny_model("qwen3_moe")))
-    PassManager(trace_passes(), validate=False).run(program)
+    program = architectures.traced("qwen3_moe")
     whole = Store()
     expected, reports = quantize(program, whole, "true")
     assert any("experts" in name for name in expected)

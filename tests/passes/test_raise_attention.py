@@ -17,7 +17,7 @@ from gptq_compile.passes.raise_attention import RaiseAttention
 from gptq_compile.passes.raise_positions import RaisePositions
 from gptq_compile.passes.token_parallel import check_token_parallel
 from gptq_compile.passes.verify import verify
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import param_store, tiny_config, tiny_model, traced
 
 ops = torch.ops.gptq_compile
 aten = torch.ops.aten
@@ -40,16 +40,18 @@ def _nmse(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @functools.cache
 def _raised(name: str) -> tuple[torch.nn.Module, Program]:
-    return _raise(name)
+    return tiny_model(name), _raise(traced(name, raised=False))
 
 
-def _raise(name: str, **changes: object) -> tuple[torch.nn.Module, Program]:
-    model = tiny_model(name, **changes)
-    program = frontend.trace(tiny_config(name, **changes), param_store(model))
+def _traced_anew(name: str, **changes: object) -> Program:
+    return frontend.trace(tiny_config(name, **changes), param_store(tiny_model(name, **changes)))
+
+
+def _raise(program: Program) -> Program:
     RaiseAttention().run(program)
     RaisePositions().run(program)
     verify(program)
-    return model, program
+    return program
 
 
 def _attention(program: Program) -> list[torch.fx.Node]:
@@ -99,7 +101,7 @@ def test_grouped_heads_and_softcap_of_an_eager_trace(monkeypatch: pytest.MonkeyP
     """Gemma 2's own eager attention: expanded key heads, tanh soft cap, a window on every other layer."""
     build = frontend.build_model
     monkeypatch.setattr(frontend, "build_model", lambda config, attention: build(config, "eager"))
-    model, program = _raise("gemma2")
+    model, program = tiny_model("gemma2"), _raise(_traced_anew("gemma2"))
     found = _attention(program)
     assert [n.args[4] for n in found] == [8, 0]
     assert [n.args[5] for n in found] == pytest.approx([50.0, 50.0])
@@ -187,12 +189,12 @@ def test_what_the_op_cannot_say_is_refused(bias, sentence: str) -> None:
 
 def test_a_bidirectional_model_is_refused() -> None:
     with pytest.raises(GptqCompileError, match=r"both directions|later tokens"):
-        _raise("bert", is_decoder=False)
+        _raise(_traced_anew("bert", is_decoder=False))
 
 
 def test_a_recurrent_model_is_refused() -> None:
     with pytest.raises(GptqCompileError, match=r"mixes tokens|cannot be traced"):
-        _, program = _raise("mamba")
+        program = _raise(_traced_anew("mamba"))
         check_token_parallel(program)
 
 

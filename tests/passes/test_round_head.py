@@ -6,23 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_compile.frontend.trace import trace
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
-from gptq_compile.passes.program import Program
 from gptq_compile.passes.round_head import RoundHead
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import traced
 
 QUANT = torch.ops.gptq_compile.quant_linear.default
-
-
-def traced(name: str, **changes: object) -> Program:
-    program = trace(tiny_config(name, **changes), param_store(tiny_model(name, **changes)))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
 
 
 @pytest.mark.parametrize("after_quantization", [False, True])

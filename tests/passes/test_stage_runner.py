@@ -17,19 +17,11 @@ from gptq_compile.passes import memory_plan
 from gptq_compile.passes.budget import BudgetedQuantize
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
-from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.stage_runner import compute_dtype, sequences_per_call
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import param_store, tiny_config, tiny_model, traced
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def traced(architecture: str) -> Program:
-    program = trace(tiny_config(architecture), param_store(tiny_model(architecture)))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
 
 
 def calibration() -> torch.Tensor:

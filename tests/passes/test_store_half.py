@@ -7,12 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptq_compile.frontend.trace import trace
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.store_half import StoreHalf
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import traced
 
 SQUARE = torch.linspace(-1, 1, 256).reshape(16, 16)
 TINY = SQUARE * 1e-7
@@ -44,9 +42,7 @@ def test_what_is_widened(small) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model(tied: bool) -> None:
-    config = tiny_config("llama", tie_word_embeddings=tied)
-    program = trace(config, param_store(tiny_model("llama", tie_word_embeddings=tied)))
-    PassManager(trace_passes(), validate=False).run(program)
+    program = traced("llama", tie_word_embeddings=tied)
     ids = torch.arange(3, 40)
     wanted = evaluate(program, ids).double()
     stored = program.params.copy()

@@ -15,25 +15,17 @@ from torch import Tensor
 
 from gptq_compile.artifact.dequantized import dequantized_weights
 from gptq_compile.errors import CalibrationError, ConfigError
-from gptq_compile.frontend.trace import trace
 from gptq_compile.passes import tune_scales
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq.world import World
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager
-from gptq_compile.passes.pipeline import trace_passes
 from gptq_compile.passes.program import Program
 from gptq_compile.passes.tune_scales import TuneScales, differentiable_weight
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import traced
 
 CONFIG = QuantizeConfig(wbits=2, group_size=48, tune_epochs=3)  # rows of 64 and 128: the last group is short
-
-
-def traced(name: str, **changes: Any) -> Program:
-    program = trace(tiny_config(name, **changes), param_store(tiny_model(name, **changes)))
-    PassManager(trace_passes(), validate=False).run(program)
-    return program
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from gptq_compile.errors import ModelError
 from gptq_compile.frontend.hooks import visible_window
 from gptq_compile.frontend.trace import trace
-from tests.architectures import param_store, tiny_config, tiny_model
+from tests.architectures import param_store, tiny_config, tiny_model, traced
 
 ops = torch.ops.gptq_compile
 
@@ -20,8 +20,7 @@ def _nmse(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
 def test_trace_equals_the_model(name: str) -> None:
-    model = tiny_model(name)
-    program = trace(tiny_config(name), param_store(model))
+    model, program = tiny_model(name), traced(name, raised=False)
     n = 21
     ids = torch.randint(3, 256, (1, n), generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([20, 3, 7])
@@ -35,7 +34,7 @@ def test_trace_equals_the_model(name: str) -> None:
 
 
 def test_experts_stay_one_op_each() -> None:
-    program = trace(tiny_config("mixtral"), param_store(tiny_model("mixtral")))
+    program = traced("mixtral", raised=False)
     experts = program.graph.find_nodes(op="call_function", target=ops.expert_linear.default)
     assert len(experts) == 4  # two layers, each with gate_up and down
     assert all("param" in node.args[1].meta for node in experts)

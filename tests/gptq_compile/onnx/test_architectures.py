@@ -12,12 +12,13 @@ import torch
 
 from gptq_compile.passes.evaluate import evaluate
 from gptq_compile.passes.program import Program
+from tests.architectures import traced
 from tests.compile_check import nmse
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from tests.onnx_check import export, quantized, raised, rounded
+from tests.onnx_check import export, quantized, rounded
 
 BAR = 1e-5
 TOKENS = 21  # more than two windows of 8
@@ -60,10 +61,10 @@ def test_attention_is_spelled_out_where_the_operator_has_no_form(
 
 
 def test_other_bits_and_groups(tmp_path: Path) -> None:
-    traced = raised("llama", num_hidden_layers=1)
+    original = traced("llama", num_hidden_layers=1)
     ids = np.random.default_rng(2).integers(3, 250, (1, TOKENS))
     for wbits, group_size, sym in ((2, -1, False), (2, 32, True), (3, 24, False), (3, 64, True), (8, 20, False)):
-        program = rounded(traced.clone(), wbits, group_size, sym)
+        program = rounded(original.clone(), wbits, group_size, sym)
         folder = tmp_path / f"{wbits}-{group_size}"
         folder.mkdir()
         model = export(program, folder)
