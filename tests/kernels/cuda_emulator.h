@@ -3,28 +3,30 @@
 // shuffle or an mma waits until its block or warp has arrived. Fibers take turns in a shuffled order. Registers and
 // shared memory start as NaN, and every access to them is checked against the *declared* extent: what nvcc makes of an
 // access beyond it is undefined even where this CPU has padding. `emu_failure` says what was wrong first.
+#include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <random>
 #include <utility>
 #include <vector>
 
 struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, gridDim;
 static int emu_threads, emu_cluster = 1;  // of a block; blocks of a cluster, whose threads are fibers of one run
-static std::vector<ucontext_t> emu_fibers;
-static std::vector<char> emu_done;
-static ucontext_t emu_main;
+// Fibers are begun by setcontext and go on by longjmp: swapcontext makes a system call each time.
+struct emu_fiber { jmp_buf here; bool begun, done; };
+static std::vector<emu_fiber> emu_fibers;
+static jmp_buf emu_main;
 static int emu_current;
 static int emu_rank() { return emu_current / emu_threads; }
 static long emu_arrived_block[8], emu_generation_block[8], emu_arrived_cluster, emu_generation_cluster;
 static long emu_arrived_warp[128], emu_generation_warp[128];
 
-static void emu_yield() { swapcontext(&emu_fibers[emu_current], &emu_main); }
+static void emu_yield() {
+  if (!_setjmp(emu_fibers[emu_current].here)) _longjmp(emu_main, 1);
+}
 static void emu_wait(long& arrived, long& generation, int expected) {
   long mine = generation;
   if (++arrived == expected) { arrived = 0; ++generation; return; }
@@ -352,8 +354,22 @@ static void emu_entry() {
   for (auto& group : emu_copies[emu_current])
     if (!group.empty()) emu_fail("a thread ends before its copies");
   emu_copies[emu_current].clear();
-  emu_done[emu_current] = 1;
-  swapcontext(&emu_fibers[emu_current], &emu_main);
+  emu_fibers[emu_current].done = true;
+  _longjmp(emu_main, 1);
+}
+static void emu_go_on(int fiber, char* stack, size_t size) {
+  emu_fiber& it = emu_fibers[fiber];
+  emu_current = fiber;
+  if (_setjmp(emu_main)) return;
+  if (it.begun) _longjmp(it.here, 1);
+  it.begun = true;
+  ucontext_t begin;
+  getcontext(&begin);
+  begin.uc_stack.ss_sp = stack;
+  begin.uc_stack.ss_size = size;
+  begin.uc_link = nullptr;
+  makecontext(&begin, emu_entry, 0);
+  setcontext(&begin);
 }
 static void emu_launch(Dim grid, int threads, void (*body)(), int cluster = 1) {
   const size_t stack = 64 << 10;
@@ -365,28 +381,22 @@ static void emu_launch(Dim grid, int threads, void (*body)(), int cluster = 1) {
   std::vector<char> stacks(stack * threads);
   std::vector<int> order(threads);
   for (int t = 0; t < threads; ++t) order[t] = t;
-  std::minstd_rand random(threads);
+  uint32_t random = threads;
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; x += cluster) {
-      emu_fibers.assign(threads, ucontext_t());
-      emu_done.assign(threads, 0);
+      emu_fibers.assign(threads, emu_fiber());
       for (auto [array, size] : emu_shared_arrays) memset(array, 0xff, size);
-      for (int t = 0; t < threads; ++t) {
-        getcontext(&emu_fibers[t]);
-        emu_fibers[t].uc_stack.ss_sp = &stacks[stack * t];
-        emu_fibers[t].uc_stack.ss_size = stack;
-        emu_fibers[t].uc_link = &emu_main;
-        makecontext(&emu_fibers[t], emu_entry, 0);
-      }
       for (int left = threads; left > 0;) {
-        std::shuffle(order.begin(), order.end(), random);
+        for (int t = threads; t > 1; --t) {  // shuffled
+          random = random * 1664525u + 1013904223u;
+          std::swap(order[t - 1], order[uint64_t(random) * t >> 32]);
+        }
         for (int t : order) {
-          if (emu_done[t]) continue;
-          emu_current = t;
+          if (emu_fibers[t].done) continue;
           threadIdx = {unsigned(t % emu_threads), 0, 0};
           blockIdx = {x + t / emu_threads, y, 0};
-          swapcontext(&emu_main, &emu_fibers[t]);
-          left -= emu_done[t];
+          emu_go_on(t, &stacks[stack * t], stack);
+          left -= emu_fibers[t].done;
         }
       }
     }

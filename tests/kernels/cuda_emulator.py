@@ -10,8 +10,10 @@ undefined.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import subprocess
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
 
 _CALLBACK = "tvm_callback_cuda_compile"
+_GXX = ("g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing")
 _LOCAL_ARRAY = re.compile(r"^( *)(__shared__ )?alignas\(\d+\) (\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
 _REGISTER_PARAMETER = re.compile(r"\b((?:const )?(?:unsigned|float))\* (\w+)(?=[,)])")
 _TILES = re.compile(r"^#ifndef GQ_PTX.*?(?=^extern \"C\")", re.DOTALL | re.MULTILINE)
@@ -84,6 +87,23 @@ def _checked_array(declaration: re.Match[str]) -> str:
     return f"{indent}{'static emu_shared' if shared else 'emu_array'}<{dtype}, {size}> {name};"
 
 
+def compile_cpp(code: Path, library: Path, header: str, *flags: str) -> None:
+    """Compiles a source whose first line includes a header of this folder."""
+    folder = _precompiled(header, flags)
+    command = [*_GXX, *flags, f"-I{folder.name}", f"-I{Path(__file__).parent}", "-o", str(library), str(code)]
+    subprocess.run(command, check=True)
+
+
+@functools.cache
+def _precompiled(header: str, flags: tuple[str, ...]) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the header in the form that g++ reads fastest: most of a source is the header."""
+    folder = tempfile.TemporaryDirectory(prefix="cuda-emulator-")
+    source = Path(__file__).with_name(header)
+    command = [*_GXX, *flags, "-x", "c++-header", "-o", f"{folder.name}/{header}.gch", str(source)]
+    subprocess.run(command, check=True)
+    return folder
+
+
 def run(func: Any, target: Target, tensors: dict[str, np.ndarray], rows: int, folder: Path) -> None:
     """Runs a PrimFunc's kernel on arrays named like its parameters; outputs are written in place."""
     source = cuda_source(func, target)
@@ -134,21 +154,8 @@ extern "C" const char* emu_run(void** arguments, const size_t* sizes) {{
     folder.mkdir(parents=True, exist_ok=True)
     code, library = folder / "kernel.cpp", folder / "kernel.so"
     code.write_text('#include "cuda_emulator.h"\n' + text + entry)
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        "-shared",
-        "-fPIC",
-        f"-I{Path(__file__).parent}",
-        "-fno-strict-aliasing",
-        # A shift by 32 is 0 on a GPU and a shift by 0 here: stop instead.
-        # Nor is there anything beyond a register array.
-        "-fsanitize=shift,bounds",
-        "-fsanitize-undefined-trap-on-error",
-    ]
-    subprocess.run([*command, "-o", str(library), str(code)], check=True)
+    # A shift by 32 is 0 on a GPU and a shift by 0 here: stop instead. Nor is there anything beyond a register array.
+    compile_cpp(code, library, "cuda_emulator.h", "-fsanitize=shift,bounds", "-fsanitize-undefined-trap-on-error")
     emulator = ctypes.CDLL(str(library))
     emulator.emu_run.restype = ctypes.c_char_p
     failure = emulator.emu_run((ctypes.c_void_p * len(values))(*values), (ctypes.c_size_t * len(sizes))(*sizes))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import tvm_ffi
 
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.tvm_env import tvm
+from tests.kernels.cuda_emulator import compile_cpp
 
 _CALLBACK = "tvm_callback_cuda_compile"
 _WORKSPACE_BYTES = 8 << 20
@@ -112,6 +112,5 @@ def run(func: Any, target: Target, arrays: Sequence[np.ndarray], folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     code, library = folder / "kernel.cpp", folder / "kernel.so"
     code.write_text(text)
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}", "-fno-strict-aliasing"]
-    subprocess.run(["g++", *flags, "-o", str(library), str(code)], check=True)
+    compile_cpp(code, library, "cuda_ops_emulator.h")
     ctypes.CDLL(str(library)).emu_run((ctypes.c_void_p * len(values))(*values))
