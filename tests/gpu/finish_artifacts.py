@@ -28,6 +28,7 @@ from gptq_compile.passes.gptq.config import QuantizeConfig
 from gptq_compile.passes.gptq_quantize import GptqQuantize
 from gptq_compile.passes.manager import PassManager
 from gptq_compile.passes.pipeline import lowering_passes, trace_passes
+from gptq_compile.passes.tune_scales import TuneScales
 
 
 def main() -> None:
@@ -49,8 +50,9 @@ def main() -> None:
         skeleton = Path(folder)
         manifest = json.loads((skeleton / "manifest.json").read_text())
         program = base.clone()
-        step = GptqQuantize(QuantizeConfig(**parse_setting(pairs)), calibration, "cuda")
-        step.run(program)
+        config = QuantizeConfig(**parse_setting(pairs))
+        GptqQuantize(config, calibration, "cuda").run(program)
+        TuneScales(config, base, calibration, "cuda").run(program)  # nothing without tune_epochs
         dequantized = dequantized_weights(program, getattr(torch, manifest["dtype"]))
         write_dequantized(source, dequantized, args.out / f"{skeleton.name}-hf")
         target = Target.parse(f"{manifest['target']['kind']}:{','.join(manifest['target']['archs'])}")
