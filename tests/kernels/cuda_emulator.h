@@ -24,9 +24,7 @@ static int emu_rank() { return emu_current / emu_threads; }
 static long emu_arrived_block[8], emu_generation_block[8], emu_arrived_cluster, emu_generation_cluster;
 static long emu_arrived_warp[128], emu_generation_warp[128];
 
-static void emu_yield() {
-  if (!_setjmp(emu_fibers[emu_current].here)) _longjmp(emu_main, 1);
-}
+static void emu_yield() { if (!_setjmp(emu_fibers[emu_current].here)) _longjmp(emu_main, 1); }
 static void emu_wait(long& arrived, long& generation, int expected) {
   long mine = generation;
   if (++arrived == expected) { arrived = 0; ++generation; return; }
@@ -365,8 +363,7 @@ static void emu_go_on(int fiber, char* stack, size_t size) {
   it.begun = true;
   ucontext_t begin;
   getcontext(&begin);
-  begin.uc_stack.ss_sp = stack;
-  begin.uc_stack.ss_size = size;
+  begin.uc_stack.ss_sp = stack, begin.uc_stack.ss_size = size;
   begin.uc_link = nullptr;
   makecontext(&begin, emu_entry, 0);
   setcontext(&begin);
@@ -388,8 +385,7 @@ static void emu_launch(Dim grid, int threads, void (*body)(), int cluster = 1) {
       for (auto [array, size] : emu_shared_arrays) memset(array, 0xff, size);
       for (int left = threads; left > 0;) {
         for (int t = threads; t > 1; --t) {  // shuffled
-          random = random * 1664525u + 1013904223u;
-          std::swap(order[t - 1], order[uint64_t(random) * t >> 32]);
+          std::swap(order[t - 1], order[uint64_t(random = random * 1664525u + 1013904223u) * t >> 32]);
         }
         for (int t : order) {
           if (emu_fibers[t].done) continue;

@@ -6,7 +6,8 @@ that it begins behind one. Generated code may assume tensors aligned to 64 bytes
 of that ends up to 63 bytes before the page; those bytes are filled with two patterns, and must neither change nor
 change the result.
 
-``python -m tests.kernels.guarded ARCH GROUP`` prints the name of each case before it runs.
+``python -m tests.kernels.guarded ARCH GROUP...`` runs each group in a process forked after the imports, prints the name
+of each case before it runs, and how each group ended.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import itertools
 import math
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -196,4 +198,10 @@ def check(arch: str, group: str) -> int:
 
 
 if __name__ == "__main__":
-    print(check(*sys.argv[1:]), "cases", flush=True)
+    arch, *groups = sys.argv[1:]
+    for group in groups:
+        if (pid := os.fork()) == 0:
+            print(check(arch, group), "cases", flush=True)
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(f"{group}: exit code {status}", flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,41 +90,37 @@ def _process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     codes, step = quantize(traced("llama"))
     assert step.world.rank == rank and step.world.size == 2
-    torch.save(codes, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_give_the_codes_of_one(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
-    alone, _ = quantize(traced("llama"))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, tensor in alone.items():
-        assert torch.equal(first[name], second[name])
-        assert float((first[name] != tensor).float().mean()) < 0.005, name  # ties only
-
-
-def _budget_process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
     program = traced("qwen3_moe")
     config = QuantizeConfig(group_size=32, avg_bits=4.0, token_weighting="none")
     calibration = torch.randint(0, 250, (12, 48), generator=torch.Generator().manual_seed(5))
     BudgetedQuantize(config, calibration).run(program)
     names = [name for name in program.param_nodes if name.endswith(".codes")]
     bits = {entry["name"]: (entry["bits"], entry["method"]) for entry in program.attrs["quantization"]}
-    torch.save(({name: program.params.get(name) for name in names}, bits), f"{folder}/{rank}.pt")
+    torch.save((codes, {name: program.params.get(name) for name in names}, bits), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_agree_on_bits_and_on_experts(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """What each of two processes quantized: llama, then qwen3_moe with a budget."""
+    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_budget_process, (port, str(tmp_path)), nprocs=2)
-    (first, bits), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    mp.spawn(_process, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_give_the_codes_of_one(of_two_processes: list[tuple]) -> None:
+    alone, _ = quantize(traced("llama"))
+    first, second = (codes for codes, _, _ in of_two_processes)
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name])
+        assert float((first[name] != tensor).float().mean()) < 0.005, name  # ties only
+
+
+def test_two_processes_agree_on_bits_and_on_experts(of_two_processes: list[tuple]) -> None:
+    (_, first, bits), (_, second, others) = of_two_processes
     assert bits == others and len({b for b, _ in bits.values()}) > 1
     assert any(method == "gptq" for name, (_, method) in bits.items() if "experts" in name)
     assert first.keys() == second.keys()
