@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -18,8 +17,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning barriers cost ten times the work on busy cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A full collection looks at every object of torch, transformers and TVM, which was a tenth of the suite's time.
-gc.set_threshold(50_000, 20, 20)
 
 GROUP_SIZE, CONTEXT, VOCABULARY = 32, 256, 258
 
