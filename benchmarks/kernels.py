@@ -122,7 +122,15 @@ def pipelines(shape: Any, rows: int, target: Any, best: int = 8) -> list[Any]:
 
 def build(arguments: argparse.Namespace) -> None:
     """Builds every kernel into OUT/kernels.so and lists them in OUT/kernels.json."""
-    from gptq_compile.kernels.cuda import launch, pipeline_linear, stationary, stationary_linear, stream, tile_linear
+    from gptq_compile.kernels.cuda import (
+        pipeline_linear,
+        resident,
+        resident_linear,
+        stationary,
+        stationary_linear,
+        stream,
+        tile_linear,
+    )
     from gptq_compile.kernels.layouts import layout_for
     from gptq_compile.kernels.registry import select
     from gptq_compile.kernels.target import Target
@@ -153,10 +161,16 @@ def build(arguments: argparse.Namespace) -> None:
                 shape = stream.Shape(case.rows or 0, *_n_grouping(case), False)
                 if "stationary" in arguments.tune and rows <= stationary.MAX_ROWS:
                     dependent = dataclasses.replace(shape, dependent=True)
-                    for config in stationary.divisions(dependent, target.archs, launch.supported(target)):
+                    for config in stationary.divisions(dependent, target.archs):
                         func = stationary_linear.build(case, target, config)
                         label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
                         add({**entry, "kernel": f"stationary {label}"}, func, f"stat_{name}_{bits}_{rows}_{label}")
+                if "resident" in arguments.tune and rows <= resident.MAX_ROWS:
+                    dependent = dataclasses.replace(shape, dependent=True)
+                    for config in resident.ranked(dependent, target.archs)[:8]:
+                        func = resident_linear.build(case, target, config)
+                        label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
+                        add({**entry, "kernel": f"resident {label}"}, func, f"res_{name}_{bits}_{rows}_{label}")
                 if "stream" in arguments.tune and rows <= stream.MAX_ROWS:
                     for config in divisions(shape, target.archs):
                         func = tile_linear.build_stream(case, target, config)
@@ -361,7 +375,7 @@ def main() -> int:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048])
     parser.add_argument("--static", type=int, default=64, help="up to how many rows the number is known to the kernel")
-    families = ("stream", "stationary", "pipeline")
+    families = ("stream", "stationary", "resident", "pipeline")
     parser.add_argument("--tune", nargs="+", choices=families, default=(), help="build other divisions of these, too")
     parser.add_argument("--best", type=int, default=3, help="print that many of the fastest")
     parser.add_argument("--peers", action="store_true", help="also time torch's linears")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized linear layers on CUDA.
 
-Over `FragmentTiles`, fast to slow: a stream of the weights for at most 16 rows (`stream`), tensor cores for any number
-of rows (`wgmma` in code for sm_90a alone, else `pipeline`), and a plain kernel for float32 activations. Over
-`RowWords`, the layout of the shapes that do not fit in tiles: tensor cores (`mma_linear`) for at most 8 and for any
-number of rows, and a plain kernel for what those refuse: a warp per weight row, lanes over blocks of codes, float32
-sums.
+Over `FragmentTiles`, fast to slow: a stream of the weights for at most 16 rows (`stationary` and `resident`, which
+share K among warps and blocks, and `stream`), tensor cores for any number of rows (`wgmma` in code for sm_90a alone,
+else `pipeline`), and a plain kernel for float32 activations. Over `RowWords`, the layout of the shapes that do not fit
+in tiles: tensor cores (`mma_linear`) for at most 8 and for any number of rows, and a plain kernel for what those
+refuse: a warp per weight row, lanes over blocks of codes, float32 sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import mma_linear, pipeline_linear, stationary_linear, tile_linear, wgmma_linear
+from gptq_compile.kernels.cuda import (
+    mma_linear,
+    pipeline_linear,
+    resident_linear,
+    stationary_linear,
+    tile_linear,
+    wgmma_linear,
+)
 from gptq_compile.kernels.cuda.warp import warp_sum
 from gptq_compile.kernels.layouts import grouping_of, layout_for
 from gptq_compile.kernels.registry import Case, Kernel, Refusal
@@ -161,9 +168,11 @@ def _first(accepts: Callable[[Case, Target], Refusal | None]) -> Callable[[Case,
 
 KERNELS = (
     Kernel("cuda.fused_linear.stationary", "fused_linear", _first(stationary_linear.accepts), stationary_linear.build),
+    Kernel("cuda.fused_linear.resident", "fused_linear", _first(resident_linear.accepts), resident_linear.build),
     Kernel("cuda.fused_linear.stream", "fused_linear", _first(tile_linear.accepts_fused), tile_linear.build_stream),
     Kernel("cuda.fused_linear.wgmma", "fused_linear", _first(wgmma_linear.accepts), wgmma_linear.build),
     Kernel("cuda.quant_linear.stationary", "quant_linear", _first(stationary_linear.accepts), stationary_linear.build),
+    Kernel("cuda.quant_linear.resident", "quant_linear", _first(resident_linear.accepts), resident_linear.build),
     Kernel("cuda.quant_linear.stream", "quant_linear", _first(tile_linear.accepts_stream), tile_linear.build_stream),
     Kernel("cuda.quant_linear.wgmma", "quant_linear", _first(wgmma_linear.accepts), wgmma_linear.build),
     Kernel("cuda.quant_linear.pipeline", "quant_linear", _first(pipeline_linear.accepts), pipeline_linear.build),

@@ -3,9 +3,8 @@
 
 Every warp of a block has a stretch of K for its own, the same for all tiles: the fragments of its activations are made
 once and never stored. What is read from shared memory again and again by `stream`, four times the bytes of the weights
-at 16 rows, is not read here at all. Warps add up a tile through shared memory, one barrier a tile. Where K is longer
-than the registers of a block, the blocks of a cluster share it, and send what they have of a tile to the one
-among them that is to store it.
+at 16 rows, is not read here at all. Warps add up a tile through shared memory, one barrier a tile. K longer than the
+registers of a block is for `resident`.
 
 Rings of weights, codes as subnormal halves and exact sums are those of `stream`.
 """
@@ -25,18 +24,10 @@ LONG = 8192
 """Features from which on fewer rows are enough to be faster than `stream`."""
 MOST_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 6: 11, 7: 8, 8: 8}
 """Fragments of 128 k x 8 rows that a warp keeps, 16 registers a lane each -> warps for which the registers suffice."""
-FEW_KEPT = 32
-"""Fragments of 128 k x 8 rows, 2 KB each, that a block is to read of activations at most where K is shared anyway (not
-with two bits, where instructions are short: clusters of two leave none of the multiprocessors idle)."""
 SMALL_SLOTS = 16 << 10
 """Bytes of a block's slot below which rings are as deep as they fit: the memory must have enough to do."""
-SHARE_BYTES = 64 << 10
-"""Of sums that a block is sent by the others of its cluster before it stores them."""
 MANY_TILES = 8
 """Tiles of a block from which on warps let each other go ahead by one."""
-AT_ONCE = {1: 132, 2: 66, 4: 30}
-"""Blocks of a cluster -> clusters that an H200 runs at once, one block a multiprocessor (as CUDA reports them).
-Those of three (39 at once) and of eight (15) were slower."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +35,8 @@ class Config:
     """How the kernel divides its work.
 
     Attributes:
-        warps: W, which share the K of a block.
+        warps: W, which share K.
         units: U, units of 128 k of each.
-        splits: C, blocks of a cluster, which share K.
         depth: D, slots of a warp's ring.
         early: halves of slots that are requested before the activations, which wait behind them.
         later: a warp waits for the others' part of a tile when it has multiplied the next one, not before.
@@ -54,7 +44,6 @@ class Config:
 
     warps: int
     units: int
-    splits: int
     depth: int
     early: int = 2
     later: bool = False
@@ -64,7 +53,7 @@ def rows_of_stream(in_features: int, bits: int) -> int:
     """Returns up to how many rows `stream` is faster, as measured: its integers gain with few bits."""
     if in_features < LONG:
         return 3 if bits == 4 else 4
-    return {2: 3, 3: 4}.get(bits, 2)
+    return 3 if bits == 3 else 2
 
 
 def slot_bytes(shape: Shape, config: Config) -> int:
@@ -72,24 +61,16 @@ def slot_bytes(shape: Shape, config: Config) -> int:
     return stream.slot_bytes(shape, stream.Config(1, 1, 1, 1, config.units))
 
 
-def clusters(shape: Shape, config: Config) -> int:
-    """Returns how many clusters are launched."""
-    return min(AT_ONCE[config.splits], shape.row_tiles // shape.halves)
+def blocks(shape: Shape) -> int:
+    """Returns how many blocks are launched."""
+    return min(stream.BLOCKS, shape.row_tiles // shape.halves)
 
 
 def shared_bytes(shape: Shape, config: Config) -> int:
-    """Returns the shared memory of a block: rings, sums of every warp for two tiles, those that other blocks send."""
+    """Returns the shared memory of a block: rings, sums of every warp for two tiles, a barrier."""
     rows = -(-shape.rows // 8) * 8
     partial = 2 * config.warps * 16 * (rows + 2) * 4
-    shares = shared_turns(shape, config) * 16 * shape.rows * 4 if config.splits > 1 else 0
-    return config.warps * config.depth * slot_bytes(shape, config) + partial + shares + 16
-
-
-def shared_turns(shape: Shape, config: Config) -> int:
-    """Returns the tiles that the blocks of a cluster add up at a time: the same number for each of them to store."""
-    all_tiles = -(-(shape.row_tiles // shape.halves) // clusters(shape, config))
-    most = max(SHARE_BYTES // (64 * shape.rows * shape.halves * config.splits), 1)
-    return min(-(-all_tiles // config.splits), most) * config.splits * shape.halves
+    return config.warps * config.depth * slot_bytes(shape, config) + partial + 16
 
 
 def launch_bytes(shape: Shape, config: Config, archs: tuple[str, ...]) -> int:
@@ -97,47 +78,38 @@ def launch_bytes(shape: Shape, config: Config, archs: tuple[str, ...]) -> int:
     return max(shared_bytes(shape, config), stream.alone_bytes(archs) if shape.dependent else 0)
 
 
-def divisions(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Iterator[Config]:
-    """Yields the divisions that fit, with as deep rings as fit; with clusters of more than one block if `sharing`."""
+def divisions(shape: Shape, archs: tuple[str, ...]) -> Iterator[Config]:
+    """Yields the divisions that fit, with as deep rings as fit."""
     limit = min(stream.limits(archs)) - stream.RESERVED
     columns = -(-shape.rows // 8)
-    for splits in AT_ONCE if sharing else (1,):
-        share = -(-shape.units // splits)
-        for units in (1, 2, 3, 4, 7, 8):
-            warps = -(-share // units)
-            if warps > MOST_WARPS.get(units * columns, 0) or (warps < 4 and units > 1):
-                continue
-            for depth in (6, 5, 4, 3, 2):
-                config = Config(warps, units, splits, depth)
-                if shared_bytes(shape, config) <= limit:
-                    yield config
-                    break
+    for units in (1, 2, 3, 4, 7, 8):
+        warps = -(-shape.units // units)
+        if warps > MOST_WARPS.get(units * columns, 0) or (warps < 4 and units > 1):
+            continue
+        for depth in (6, 5, 4, 3, 2):
+            config = Config(warps, units, depth)
+            if shared_bytes(shape, config) <= limit:
+                yield config
+                break
 
 
-def choose(shape: Shape, archs: tuple[str, ...], sharing: bool) -> Config | None:
+def choose(shape: Shape, archs: tuple[str, ...]) -> Config | None:
     """Returns the division that is taken, or None if nothing fits.
 
-    If one block cannot hold the activations, as few share K as leave `FEW_KEPT` fragments to each, or as the registers
-    allow; and as few warps, from seven on, that leave none idle: they cost a barrier and sums. Weights of few slots are
-    under way: activations wait behind those that are requested before them and share what L2 delivers with those
-    after. Measured on an H200 with 2 to 4 bits (benchmarks/RESULTS.md).
+    As few warps, from seven on, as leave none idle: they cost a barrier and sums. Weights of few slots are under way:
+    activations wait behind those that are requested before them and share what L2 delivers with those after. Measured
+    on an H200 with 2 to 4 bits (benchmarks/RESULTS.md).
     """
-    found = [config for config in divisions(shape, archs, sharing) if config.depth >= 3]
-    if not found:
-        return None
-    columns = -(-shape.rows // 8)
-    splits = min(config.splits for config in found)
-    if splits > 1 and shape.grouping.bits > 2:
-        kept = {config.splits: -(-shape.units // config.splits) * columns for config in found}
-        splits = min((count for count in kept if kept[count] <= FEW_KEPT), default=splits)
     fitting = sorted(
-        (config for config in found if config.splits == splits),
+        (config for config in divisions(shape, archs) if config.depth >= 3),
         key=lambda config: (config.warps < 7, config.warps * config.units, config.warps),
     )
+    if not fitting:
+        return None
     taken = fitting[0] if fitting[0].warps >= 7 else max(fitting, key=lambda config: config.warps)
-    many = shape.row_tiles // shape.halves >= MANY_TILES * clusters(shape, taken)
-    early, most = (2, 3) if splits > 1 else (2, 5) if many else (1, 3)
-    if many and splits == 1 and shape.rows <= 8 and shape.grouping.bits == 4:
+    many = shape.row_tiles // shape.halves >= MANY_TILES * blocks(shape)
+    early, most = (2, 5) if many else (1, 3)
+    if many and shape.rows <= 8 and shape.grouping.bits == 4:
         early = 4
     if taken.warps * slot_bytes(shape, taken) >= SMALL_SLOTS:
         taken = dataclasses.replace(taken, depth=min(taken.depth, most))
@@ -162,8 +134,7 @@ def source(
         "BITS": bits, "K": grouping.in_features, "N": shape.out_features, "M": shape.rows,
         "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run, "TILES": shape.row_tiles,
         "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units,
-        "W": config.warps, "U": config.units, "C": config.splits, "D": config.depth,
-        "CLUSTERS": clusters(shape, config), "SHARED_TURNS": shared_turns(shape, config),
+        "W": config.warps, "U": config.units, "D": config.depth, "BLOCKS": blocks(shape),
         "SLOT": slot_bytes(shape, config), "EARLY": early // 2, "HALF": early % 2,
         "BARRIER_AT": shared_bytes(shape, config) - 16, "SETS": tile_source.sets(bits),
         "ZERO": 1 << (bits - 1), "SECOND": tile_source.SECOND_SET,
@@ -186,20 +157,17 @@ def source(
         "@ADD_BIAS_PAIR@": both if has_bias else "",
         "@RESIDUAL@": "const float* __restrict__ residual, " if has_residual else "",
         "@ADD_RESIDUAL_NEXT@": "added_next[n] = residual[(long long)m_out * OUTS + row];" if has_residual else "",
-        "@ADD_RESIDUAL@": "r += residual[(long long)m_out * OUTS + row];" if has_residual else "",
         "@GATED@": str(bool(shape.act)).lower(),
         "@ACT@": stream_input.ACTIVATIONS[shape.act] if shape.act else "v",
         "@OUT@": out_type,
         "@LET_NEXT_START@": "gq_let_next_start();" if shape.dependent else "",
         "@WAIT_FOR_PREVIOUS@": "gq_wait_for_previous();" if shape.dependent else "",
-        "@CLUSTER_BARRIER@": "gq_cluster_barrier();" if config.splits > 1 else "",
         "@FRAGMENTS@": f"gq_fragments{bits}",
     }
     body = stationary_body.BODY
     for key, value in values.items():
         body = body.replace(key, value)
     head = tile_source.PTX + tile_source.COMMON + tile_source.fragments(bits)
-    # What is for clusters is named in code that is not compiled for one block.
-    head += (tile_source.LAUNCH if shape.dependent else "") + tile_source.CLUSTER
+    head += tile_source.LAUNCH if shape.dependent else ""
     head += tile_source.BARRIERS if config.later else ""
     return f"{head}\nnamespace {name} {{\n{text}\n{body}\n}}\n"

@@ -36,8 +36,7 @@ constexpr int THREADS = W * 32, RUNS = 128 / RUN, NT = (M + 7) / 8, COLUMNS = NT
 constexpr bool HAS_ZEROS = @HAS_ZEROS@, GATED = @GATED@;
 constexpr int OUTS = GATED ? N / 2 : N, SUPERS = GATED ? TILES / 2 : TILES;
 constexpr int TURN = U * BITS * 256, GRIDS = U * RUNS, SCALE_AT = TURN, ZERO_AT = SCALE_AT + GRIDS * 32;
-constexpr int PER_BLOCK = (UNITS + C - 1) / C, PART = 16 * COLUMNS;
-constexpr int PARTIAL_AT = W * D * SLOT, RESULTS_AT = PARTIAL_AT + 2 * W * PART * 4;
+constexpr int PART = 16 * COLUMNS, PARTIAL_AT = W * D * SLOT;
 // Turns in which eight tokens of a unit of activations pass through a slot.
 constexpr int ROUNDS = TURN < 1024 ? 4 : TURN < 2048 ? 2 : 1;
 constexpr bool LINES = @LINES@;
@@ -50,20 +49,17 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
                                     const half* __restrict__ scales, @ZEROS@@BIAS@@RESIDUAL@@OUT@* __restrict__ out,
                                     unsigned char* shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int rank = C == 1 ? 0 : blockIdx.x % C, cluster = blockIdx.x / C;
   unsigned char* ring = shared + warp * D * SLOT;
   float* partial = reinterpret_cast<float*>(shared + PARTIAL_AT);
-  float* results = reinterpret_cast<float*>(shared + RESULTS_AT);
   const unsigned char* zero_points = (const unsigned char*)@ZEROS_POINTER@;
   @MAKE_BARRIER@
   @LET_NEXT_START@
 
   // The units of K that are this warp's for all tiles, and the tiles in the order in which this block takes them.
-  const int last = min(rank * PER_BLOCK + PER_BLOCK, UNITS), first = rank * PER_BLOCK + warp * U;
-  const int mine = max(min(last - first, U), 0);
-  const int turns = cluster < SUPERS ? HALVES * ((SUPERS - cluster + CLUSTERS - 1) / CLUSTERS) : 0;
-  auto super_of = [&](int turn) { return cluster + turn / HALVES * CLUSTERS; };
-  constexpr bool WHOLE = UNITS == C * W * U && CHUNKS % 2 == 0 && TURN % 512 == 0;
+  const int first = warp * U, mine = max(min(UNITS - first, U), 0), block = blockIdx.x;
+  const int turns = HALVES * ((SUPERS - block + BLOCKS - 1) / BLOCKS);
+  auto super_of = [&](int turn) { return block + turn / HALVES * BLOCKS; };
+  constexpr bool WHOLE = UNITS == W * U && CHUNKS % 2 == 0 && TURN % 512 == 0;
   const int left = min(mine * 2, CHUNKS - 2 * first) * (BITS * 128);
   const char* from = reinterpret_cast<const char*>(q) + (long long)first * (BITS * 256) + lane * 16;
   // Of scales (lanes 0-15) or zero points.
@@ -145,10 +141,9 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
 #pragma unroll
         for (int i = 0; i < 2; ++i) minus[y][t][run][i] = sums[run][i] * (HAS_ZEROS ? 1.f : float(ZERO));
     }
-  @CLUSTER_BARRIER@
   @BARRIER_MADE@
 
-  int use = 0, parity = 0, turn = 0, begin = 0;
+  int use = 0, parity = 0;
   float gates[GATED ? KEPT : 1], added[KEPT], added_next[KEPT];
   // Adds up what the warps have of a tile, an element a thread. The up row's thread kept its gate the turn before.
   auto add_up = [&](int turn, bool there) {
@@ -161,11 +156,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
 #pragma unroll
       for (int w = 0; w < W; ++w) r += p[w * PART];
       const bool wanted = there && (M % 8 == 0 || m_out < M) && (OUTS % 16 == 0 || row < OUTS);
-      if constexpr (C > 1) {
-        // To the block that stores this tile.
-        const int at = ((turn - begin) / HALVES / C * C + rank) * HALVES + (GATED ? turn % 2 : 0);
-        if (wanted) gq_store_remote(results + at * (16 * M) + j, turn / HALVES % C, r);
-      } else if (GATED) {
+      if (GATED) {
         float gate = gates[GATED ? n : 0];
         if (turn % 2 == 0) gates[GATED ? n : 0] = r;
         if (wanted && turn % 2) {
@@ -180,17 +171,14 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
       }
     }
   };
-  // Blocks of a cluster keep what they are sent until it is the sum of all, for SHARED_TURNS turns at a time.
 #pragma unroll 1
-  for (; begin < turns; begin = turn) {
-#pragma unroll 1
-  for (; turn < (C > 1 ? min(begin + SHARED_TURNS, turns) : turns); ++turn) {
+  for (int turn = 0; turn < turns; ++turn) {
 #pragma unroll
     for (int n = 0; n < KEPT; ++n) {
       added[n] = added_next[n];
       added_next[n] = 0.f;
       const int j = threadIdx.x + n * THREADS, m_out = j / 16, row = super_of(turn) * 16 + j % 16;
-      const bool wanted = m_out < M && row < OUTS && C == 1;
+      const bool wanted = m_out < M && row < OUTS;
       if (wanted) { @ADD_RESIDUAL_NEXT@ }
     }
     float total[NT][4] = {};
@@ -237,7 +225,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
     }
     // The tile before is added up here, so that its loads pass while this one is multiplied.
     if (turn > 0) { @PASS_BARRIER@ }
-    add_up(turn - 1, turn > begin);
+    add_up(turn - 1, turn > 0);
     parity ^= 1;
     float* own = partial + (parity * W + warp) * PART + g * COLUMNS + 2 * c;
 #pragma unroll
@@ -250,37 +238,11 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
       }
     @REACH_BARRIER@
   }
-  if (turn > 0) { @PASS_BARRIER@ }
+  const int turn = turns;
+  @PASS_BARRIER@
 #pragma unroll
   for (int n = 0; n < KEPT; ++n) added[n] = added_next[n];
   add_up(turn - 1, true);
-  if constexpr (C > 1) {
-    gq_cluster_barrier();
-#pragma unroll 1
-    for (int j = threadIdx.x; ; j += THREADS) {
-      const int share = j / (16 * M) * C + rank, first_turn = begin + share * HALVES;
-      if (first_turn >= turn) break;
-      const int row = super_of(first_turn) * 16 + j % 16, m_out = j / 16 % M;
-      if (row >= OUTS) continue;
-      const float* p = results + share / C * C * HALVES * (16 * M) + j % (16 * M);
-      float r = 0.f, gate = 0.f;
-#pragma unroll
-      for (int block = 0; block < C; ++block) {
-        if (GATED) gate += p[block * HALVES * (16 * M)];
-        r += p[(block * HALVES + HALVES - 1) * (16 * M)];
-      }
-      if (GATED) {
-        @ADD_BIAS_PAIR@
-        r *= activated(gate);
-      } else {
-        @ADD_BIAS@
-      }
-      @ADD_RESIDUAL@
-      out[(long long)m_out * OUTS + row] = (@OUT@)r;
-    }
-    if (turn < turns) gq_cluster_barrier();
-  }
-  }
 }
 """
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from gptq_compile.kernels.cuda import launch, stationary, tile_linear
@@ -14,7 +13,7 @@ from gptq_compile.kernels.target import Target
 
 
 def accepts(case: Case, target: Target) -> Refusal | None:
-    """Refuses other layouts and types, many or symbolic rows, activations to be made, and long K without clusters."""
+    """Refuses other layouts and types, many or symbolic rows, activations to be made, and long K."""
     refusal = tile_linear.accepts_half(case, target)
     if refusal is not None:
         return refusal
@@ -27,8 +26,8 @@ def accepts(case: Case, target: Target) -> Refusal | None:
     if refusal is not None:
         return refusal
     shape = tile_linear.shape_of(case)
-    if stationary.choose(shape, target.archs, launch.supported(target)) is None:
-        return Refusal(f"{case.rows} rows of {case['in_features']} are more than the registers of a cluster hold")
+    if stationary.choose(shape, target.archs) is None:
+        return Refusal(f"{case.rows} rows of {case['in_features']} are more than the registers of a block hold")
     return None
 
 
@@ -36,7 +35,7 @@ def build(case: Case, target: Target, config: stationary.Config | None = None) -
     """Builds the kernel, divided as `config` says or as `stationary.choose` does."""
     ir = script()
     shape = tile_linear.shape_of(case, launch.supported(target))
-    config = config or stationary.choose(shape, target.archs, launch.supported(target))
+    config = config or stationary.choose(shape, target.archs)
     assert config is not None
     name = tile_linear.name_of("stationary", case, target, config)
     out_type = tile_linear.C_TYPES[case.get("out_dtype", case.dtype)]
@@ -44,15 +43,15 @@ def build(case: Case, target: Target, config: stationary.Config | None = None) -
     text = stationary.source(
         name, shape, config, bool(case["has_bias"]), out_type, bool(case.get("has_residual")), natural
     )
-
-    with Function(case.op) as f, contextlib.ExitStack() as stack:
+    with Function(case.op) as f:
         tensors = tile_linear.tensors_of(f, case, target)
-        stack.enter_context(ir.launch_thread("blockIdx.x", stationary.clusters(shape, config) * config.splits))
-        if config.splits > 1:
-            stack.enter_context(ir.launch_thread("clusterCtaIdx.x", config.splits))
-        stack.enter_context(ir.launch_thread("threadIdx.x", 32 * config.warps))
-        # Told that there is one block, ptxas gives threads more registers.
-        stack.enter_context(ir.attr(ir.int32(0), "tirx.launch_bounds_min_blocks_per_sm", 1))
-        shared = ir.alloc_buffer((stationary.launch_bytes(shape, config, target.archs),), "uint8", scope="shared.dyn")
-        tile_linear.run(name, text, tensors, shared.access_ptr("rw"))
+        with (
+            ir.launch_thread("blockIdx.x", stationary.blocks(shape)),
+            ir.launch_thread("threadIdx.x", 32 * config.warps),
+            ir.attr(0, launch.MIN_BLOCKS, 1),
+        ):
+            shared = ir.alloc_buffer(
+                (stationary.launch_bytes(shape, config, target.archs),), "uint8", scope="shared.dyn"
+            )
+            tile_linear.run(name, text, tensors, shared.access_ptr("rw"))
     return launch.dependent(f.result()) if shape.dependent else f.result()

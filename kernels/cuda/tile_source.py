@@ -64,6 +64,12 @@ __device__ __forceinline__ void gq_matrices_turned(unsigned* d, const void* row)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
+// threadIdx.x, read here and not before.
+__device__ __forceinline__ int gq_thread() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v) :: "memory");
+  return v;
+}
 __device__ __forceinline__ void gq_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
 __device__ __forceinline__ void gq_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
@@ -104,12 +110,6 @@ __device__ __forceinline__ float gq_remote(const float* p, int rank) {
                : "=f"(v) : "r"(address), "r"(rank) : "memory");
   return v;
 }
-// Stores where another block of the cluster has what is p here.
-__device__ __forceinline__ void gq_store_remote(float* p, int rank, float v) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(p);
-  asm volatile("{\\n.reg .u32 a;\\nmapa.shared::cluster.u32 a, %0, %1;\\nst.shared::cluster.f32 [a], %2;\\n}"
-               :: "r"(address), "r"(rank), "f"(v) : "memory");
-}
 __device__ __forceinline__ float4 gq_remote4(const float* p, int rank) {
   unsigned address = (unsigned)__cvta_generic_to_shared(p);
   float4 v;
@@ -142,6 +142,43 @@ __device__ __forceinline__ void gq_bar_wait(unsigned long long* bar, unsigned pa
 #endif
 """
 """Barriers in shared memory, which can be passed later than they are reached; sm_90."""
+
+SENDING = """
+#ifndef GQ_SENDING
+#define GQ_SENDING
+// A barrier of the cluster in two halves: what has to be there is that the others have come so far, not what they wrote
+// (which would be waited for, copies under way with it), except for barriers that gq_publish_barriers is called for.
+__device__ __forceinline__ void gq_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void gq_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void gq_publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives, and says how many bytes have to be sent before the barrier is passed.
+__device__ __forceinline__ void gq_bar_expect(unsigned long long* bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(gq_shared(bar)), "r"(bytes) : "memory");
+}
+// Four floats to where another block of the cluster has what is p here, counted by its barrier.
+__device__ __forceinline__ void gq_send4(float* p, unsigned long long* bar, int rank, const float* v) {
+  asm volatile("{\\n.reg .u32 a, b;\\nmapa.shared::cluster.u32 a, %0, %2;\\nmapa.shared::cluster.u32 b, %1, %2;\\n"
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a], {%3,%4,%5,%6}, [b];\\n}"
+               :: "r"(gq_shared(p)), "r"(gq_shared(bar)), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+// As gq_bar_wait, for what other blocks of the cluster have sent.
+__device__ __forceinline__ void gq_bar_wait_cluster(unsigned long long* bar, unsigned parity) {
+  unsigned done;
+  do {
+    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\\n"
+                 "selp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(gq_shared(bar)), "r"(parity) : "memory");
+  } while (!done);
+}
+#endif
+"""
+"""From sm_90, after CLUSTER and BARRIERS: stores that a barrier of the block they go to counts."""
 
 COMMON = """
 #ifndef GQ_TILES

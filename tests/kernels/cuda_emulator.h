@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -262,10 +263,15 @@ static float gq_remote(const float* p, int rank) {
   if (rank < 0 || rank >= emu_cluster) emu_fail("another block's shared memory is read beyond the cluster");
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + (rank - emu_rank()) * emu_dynamic_bytes);
 }
-static void gq_store_remote(float* p, int rank, float v) {
-  if (rank < 0 || rank >= emu_cluster) emu_fail("another block's shared memory is written beyond the cluster");
-  *reinterpret_cast<float*>(reinterpret_cast<char*>(p) + (rank - emu_rank()) * emu_dynamic_bytes) = v;
+static long emu_cluster_turn[4096];  // of each thread: the generation of the cluster's barrier that it arrived at
+static void gq_cluster_arrive() {
+  emu_cluster_turn[emu_current] = emu_generation_cluster;
+  if (++emu_arrived_cluster == emu_threads * emu_cluster) { emu_arrived_cluster = 0; ++emu_generation_cluster; }
 }
+static void gq_cluster_wait() {
+  while (emu_generation_cluster == emu_cluster_turn[emu_current]) emu_yield();
+}
+static int gq_thread() { return threadIdx.x; }
 static void gq_let_next_start() {}
 static void gq_wait_for_previous() {}
 static uint4 gq_read16(const void* p) { return emu_read(reinterpret_cast<const uint4*>(p)); }
@@ -307,10 +313,30 @@ static unsigned gq_descriptor(const void* p) {
 }
 static emu_bar& emu_at(unsigned long long* bar) { return *reinterpret_cast<emu_bar*>(bar); }
 static void gq_bar_init(unsigned long long* bar, int count) { emu_at(bar) = {uint16_t(count), uint16_t(count), 0}; }
+static std::map<void*, int64_t> emu_bytes;  // that a barrier still waits for
+static void emu_pass(unsigned long long* bar) {
+  emu_bar& b = emu_at(bar);
+  if (b.pending == 0 && emu_bytes[bar] == 0) { b.pending = b.expected; ++b.phase; }
+}
 static void gq_bar_arrive(unsigned long long* bar) {
   emu_bar& b = emu_at(bar);
   if (b.pending == 0 || b.pending > b.expected) return emu_fail("an mbarrier is used before it is made");
-  if (--b.pending == 0) { b.pending = b.expected; ++b.phase; }
+  --b.pending;
+  emu_pass(bar);
+}
+static void gq_publish_barriers() {}
+static void gq_bar_expect(unsigned long long* bar, int bytes) {
+  emu_bytes[bar] += bytes;
+  gq_bar_arrive(bar);
+}
+static void gq_send4(float* p, unsigned long long* bar, int rank, const float* v) {
+  if (rank < 0 || rank >= emu_cluster) return emu_fail("another block's shared memory is written beyond the cluster");
+  if (uintptr_t(p) % 16) return emu_fail("sixteen bytes are sent to a misaligned place");
+  const int64_t there = (rank - emu_rank()) * emu_dynamic_bytes;
+  memcpy(reinterpret_cast<char*>(p) + there, v, 16);
+  auto* counter = reinterpret_cast<unsigned long long*>(reinterpret_cast<char*>(bar) + there);
+  if ((emu_bytes[counter] -= 16) < 0) emu_fail("more is sent than a barrier expects");
+  emu_pass(counter);
 }
 static void gq_bar_wait(unsigned long long* bar, unsigned parity) {
   for (int i = 0; emu_at(bar).phase % 2 == parity && !emu_failure; ++i) {
@@ -318,6 +344,7 @@ static void gq_bar_wait(unsigned long long* bar, unsigned parity) {
     emu_yield();
   }
 }
+static void gq_bar_wait_cluster(unsigned long long* bar, unsigned parity) { gq_bar_wait(bar, parity); }
 static void gq_publish() {}
 static void gq_wgmma_fence() {}
 static void gq_wgmma_commit() {}

@@ -29,7 +29,7 @@ _GXX = ("g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-alias
 _LOCAL_ARRAY = re.compile(r"^( *)(__shared__ )?alignas\(\d+\) (\w+) (\w+)\[(\d+)\];$", re.MULTILINE)
 _REGISTER_PARAMETER = re.compile(r"\b((?:const )?(?:unsigned|float))\* (\w+)(?=[,)])")
 _TILES = re.compile(r"^#ifndef GQ_PTX.*?(?=^extern \"C\")", re.DOTALL | re.MULTILINE)
-_PTX = re.compile(r"^#ifndef GQ_(?:PTX|LAUNCH|CLUSTER|HOPPER|BARRIERS).*?^#endif\n", re.DOTALL | re.MULTILINE)
+_PTX = re.compile(r"^#ifndef GQ_(?:PTX|LAUNCH|CLUSTER|SENDING|HOPPER|BARRIERS).*?^#endif\n", re.DOTALL | re.MULTILINE)
 _CLUSTER_RANK = re.compile(
     r"^__forceinline__ __device__ unsigned int tvm_builtin_cluster\w+\(\).*?^}\n", re.DOTALL | re.M
 )

@@ -18,7 +18,16 @@ import cuda_emulator
 from cases import Arguments, BuiltFor
 
 from gptq_compile.errors import NoKernelError
-from gptq_compile.kernels.cuda import stationary, stationary_linear, stream, tile_linear, wgmma_choice, wgmma_linear
+from gptq_compile.kernels.cuda import (
+    resident,
+    resident_linear,
+    stationary,
+    stationary_linear,
+    stream,
+    tile_linear,
+    wgmma_choice,
+    wgmma_linear,
+)
 from gptq_compile.kernels.registry import Case, select
 from gptq_compile.kernels.target import Target
 from gptq_compile.kernels.words import Grouping
@@ -82,7 +91,7 @@ def test_several_rows_match_float64(
     target = HOPPER if rows % 2 and rows <= 16 else ALONE
     monkeypatch.setattr(BuiltFor, "target", target)
     # Fewer blocks than there are tiles, so that each of them takes several.
-    monkeypatch.setattr(stationary, "AT_ONCE", {1: 3, 2: 2, 4: 1})
+    monkeypatch.setattr(stream, "BLOCKS", 3)
     kernel = select(check.case, target).kernel
     assert kernel.name == f"cuda.fused_linear.{'wgmma' if check.case.rows is None else 'stationary'}"
     if check.case.rows is None:  # one of its kernels
@@ -97,23 +106,53 @@ def test_several_rows_match_float64(
 
 @needs_gxx
 @pytest.mark.parametrize(
-    ("config", "act", "shares"),
-    [
-        (stationary.Config(2, 1, 2, 3), "", 1 << 16), (stationary.Config(1, 2, 2, 3, 4, True), "silu", 4096),
-        (stationary.Config(1, 1, 4, 4, 1, True), "", 2048), (stationary.Config(4, 1, 1, 4, 3, True), "silu", 0),
-    ],
-)  # fmt: skip
-def test_blocks_that_share_k_match_float64(
-    config: stationary.Config, act: str, shares: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ("config", "act"),
+    [(stationary.Config(4, 1, 4, 3, True), "silu"), (stationary.Config(2, 2, 3, 2, True), "")],
+)
+def test_barriers_passed_a_tile_later_match_float64(
+    config: stationary.Config, act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BuiltFor, "target", ALONE)
-    monkeypatch.setattr(stationary, "AT_ONCE", {1: 2, 2: 2, 4: 1})
-    monkeypatch.setattr(stationary, "SHARE_BYTES", shares)
-    attrs = {"out_act": act} if act else {}
-    check = cases_fused._case("shared", 4, 128, 512, 224, 13, attrs, True, residual=not act)
+    monkeypatch.setattr(stream, "BLOCKS", 2)
+    check = cases_fused._case("later", 4, 128, 512, 224, 13, {"out_act": act} if act else {}, True, residual=not act)
     func = stationary_linear.build(check.case, ALONE, config)
     before = check.make_inputs(np.random.default_rng(0))
     passed, said = check.check(before, _run(func, ALONE, before, 13, tmp_path))
+    assert passed, said
+
+
+# bits, group, K, N, rows; odd N, K that ends within a chunk of codes or leaves blocks without units, one and several
+# turns, groups of 32 to 256 and one a row.
+RESIDENT = [
+    ((4, 128, 768, 90, 16), resident.Config(3, 2, 1, 2, 2), "", HOPPER),
+    ((4, 128, 776, 90, 13), resident.Config(1, 2, 2, 2, 3), "", ALONE),
+    ((4, 64, 968, 128, 8), resident.Config(2, 1, 2, 2, 2), "silu", ALONE),
+    ((3, 32, 608, 71, 9), resident.Config(2, 2, 1, 2, 2), "", ALONE),
+    ((2, 256, 1032, 96, 16), resident.Config(2, 1, 3, 2, 3, 2), "silu", HOPPER),
+    ((8, -1, 640, 33, 5), resident.Config(1, 1, 1, 4, 2), "", HOPPER),
+    ((2, 128, 512, 53, 11), resident.Config(3, 1, 1, 1, 2), "", ALONE),
+]
+
+
+@needs_gxx
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(("shape", "config", "act", "target"), RESIDENT)
+def test_blocks_that_share_k_match_float64(
+    shape: tuple[int, ...],
+    config: resident.Config,
+    act: str,
+    target: Target,
+    zeros: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BuiltFor, "target", target)
+    monkeypatch.setattr(resident, "AT_ONCE", {config.splits: 2})
+    attrs = {"out_act": act} if act else {}
+    check = cases_fused._case("shared", *shape, attrs, zeros, residual=not act)
+    func = resident_linear.build(check.case, target, config)
+    before = check.make_inputs(np.random.default_rng(0))
+    passed, said = check.check(before, _run(func, target, before, shape[-1], tmp_path))
     assert passed, said
 
 

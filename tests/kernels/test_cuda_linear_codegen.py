@@ -22,6 +22,7 @@ from gptq_compile.kernels.cuda import (
     pipeline_choice,
     pipeline_linear,
     quant_linear,
+    resident,
     stationary,
     stream,
     tile_linear,
@@ -350,9 +351,10 @@ def test_refusals_are_words():
     reasons = dict(select(case, CUDA, quant_linear.KERNELS).refused)
     tiles = "is for whole tiles and needs in_features to be a multiple of 8, not 100"
     assert reasons == {
-        **dict.fromkeys(
-            [f"cuda.quant_linear.{name}" for name in ("stationary", "stream", "pipeline", "plain_tiles")], tiles
-        ),
+        **{
+            f"cuda.quant_linear.{name}": tiles
+            for name in ("stationary", "resident", "stream", "pipeline", "plain_tiles")
+        },
         **HOPPER_ALONE,
         "cuda.quant_linear.decode_mma": "needs groups of whole units of 8 codes, not 20",
         "cuda.quant_linear.tiles_mma": "needs groups of whole units of 8 codes, not 20",
@@ -363,21 +365,25 @@ def test_refusals_are_words():
         "is for whole tiles and needs groups of a multiple of 32 codes, not 16"
     )
     reasons = dict(select(_quant_case(4, 32, 64, 8, None), CUDA, quant_linear.KERNELS).refused)
-    few = [f"cuda.quant_linear.{name}" for name in ("stationary", "stream")]
+    few = [f"cuda.quant_linear.{name}" for name in ("stationary", "resident", "stream")]
     symbolic = dict.fromkeys(few, "is for 1 to 16 rows known at compile time, not symbolic")
     assert reasons == symbolic | HOPPER_ALONE
     reasons = dict(select(_quant_case(4, 128, 14336, 4096, 16), CUDA, quant_linear.KERNELS).refused)
     many = {
-        "cuda.quant_linear.stationary": "16 rows of 14336 are more than the registers of a cluster hold",
+        "cuda.quant_linear.stationary": "16 rows of 14336 are more than the registers of a block hold",
+        "cuda.quant_linear.resident": "shares K among the blocks of a cluster, from sm_90 on",
         "cuda.quant_linear.stream": "16 rows of 14336 do not fit in shared memory beside the weights",
     }
     assert reasons == many | HOPPER_ALONE
     reasons = dict(select(_quant_case(4, 128, 65536, 4096, 9), HOPPER, quant_linear.KERNELS).refused)
     assert reasons["cuda.quant_linear.stream"] == "is slower than wgmma from 9 rows on"
-    for bits, k, most in ((4, 4096, 3), (3, 4096, 4), (4, 14336, 2), (2, 14336, 3), (3, 14336, 4)):
+    for bits, k, most in ((4, 4096, 3), (3, 4096, 4), (4, 14336, 2), (2, 14336, 2), (3, 14336, 3)):
         for rows, slower in ((most, True), (most + 1, False)):
             selection = select(_quant_case(bits, 128, k, 4096, rows), HOPPER, quant_linear.KERNELS)
-            assert selection.kernel.name == f"cuda.quant_linear.{'stream' if slower else 'stationary'}"
+            assert (
+                selection.kernel.name
+                == f"cuda.quant_linear.{'stream' if slower else 'stationary' if k == 4096 else 'resident'}"
+            )
     reasons = dict(select(_quant_case(4, 128, 256, 8, 9, "float32"), HOPPER, quant_linear.KERNELS).refused)
     assert reasons["cuda.quant_linear.pipeline"] == "needs float16 activations, not float32"
 
@@ -431,10 +437,14 @@ def test_divisions_that_keep_activations_cover_k_and_fit(k, n, rows, archs):
     limit = min({"sm_80": 163, "sm_89": 99, "sm_90": 227}[arch] for arch in archs) * 1024
     for bits in (2, 3, 4, 8):
         shape = stream.Shape(rows, n, Grouping.of(bits, k, 128), False)
-        for config in stationary.divisions(shape, archs, sharing="sm_80" not in archs):
-            assert config.splits * config.warps * config.units >= shape.units and config.warps <= 16
+        for config in stationary.divisions(shape, archs):
+            assert config.warps * config.units >= shape.units and config.warps <= 16
             assert stationary.shared_bytes(shape, config) < limit
-        config = stationary.choose(shape, archs, sharing="sm_80" not in archs)
-        assert k > 4096 or archs != ("sm_90",) or config is not None
+        for config in resident.divisions(shape, archs):
+            assert config.splits * config.parts * resident.units(shape, config) >= shape.units and config.warps <= 16
+            assert resident.shared_bytes(shape, config) < limit
+        config = stationary.choose(shape, archs)
+        kept = config or resident.choose(shape, archs)
+        assert archs != ("sm_90",) or rows * k > 16 * 14336 or kept is not None
         if config is not None:
             assert config.depth >= 3 and 1 <= config.early <= 2 * config.depth - 2
