@@ -313,10 +313,10 @@ static unsigned gq_descriptor(const void* p) {
 }
 static emu_bar& emu_at(unsigned long long* bar) { return *reinterpret_cast<emu_bar*>(bar); }
 static void gq_bar_init(unsigned long long* bar, int count) { emu_at(bar) = {uint16_t(count), uint16_t(count), 0}; }
-static std::map<void*, int64_t> emu_bytes;  // that a barrier still waits for
+static std::map<void*, int64_t> emu_awaited;  // that a barrier still waits for
 static void emu_pass(unsigned long long* bar) {
   emu_bar& b = emu_at(bar);
-  if (b.pending == 0 && emu_bytes[bar] == 0) { b.pending = b.expected; ++b.phase; }
+  if (b.pending == 0 && emu_awaited[bar] == 0) { b.pending = b.expected; ++b.phase; }
 }
 static void gq_bar_arrive(unsigned long long* bar) {
   emu_bar& b = emu_at(bar);
@@ -326,7 +326,7 @@ static void gq_bar_arrive(unsigned long long* bar) {
 }
 static void gq_publish_barriers() {}
 static void gq_bar_expect(unsigned long long* bar, int bytes) {
-  emu_bytes[bar] += bytes;
+  emu_awaited[bar] += bytes;
   gq_bar_arrive(bar);
 }
 static void gq_send4(float* p, unsigned long long* bar, int rank, const float* v) {
@@ -335,7 +335,7 @@ static void gq_send4(float* p, unsigned long long* bar, int rank, const float* v
   const int64_t there = (rank - emu_rank()) * emu_dynamic_bytes;
   memcpy(reinterpret_cast<char*>(p) + there, v, 16);
   auto* counter = reinterpret_cast<unsigned long long*>(reinterpret_cast<char*>(bar) + there);
-  if ((emu_bytes[counter] -= 16) < 0) emu_fail("more is sent than a barrier expects");
+  if ((emu_awaited[counter] -= 16) < 0) emu_fail("more is sent than a barrier expects");
   emu_pass(counter);
 }
 static void gq_bar_wait(unsigned long long* bar, unsigned parity) {

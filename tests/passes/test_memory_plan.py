@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,35 +35,29 @@ def config(**settings) -> QuantizeConfig:
     return QuantizeConfig(**{"group_size": 32, "mse": False, **settings})
 
 
-def measure(sequences: int, *weightings: str) -> None:
-    """Prints the measured and the planned peak of each walk, in bytes, a line each."""
+def measure(sequences: int, weighting: str) -> None:
+    """Prints the measured and the planned peak of a walk, in bytes."""
     program = llama(hidden_size=512, intermediate_size=3072, num_hidden_layers=1, max_position_embeddings=1024)
+    settings = config(token_weighting=weighting)
     ids = torch.randint(0, 250, (sequences, 512), generator=torch.Generator().manual_seed(0))
-    for weighting in weightings:
-        if os.fork():  # a process for each walk, which nothing but the tracing has gone before
-            assert os.wait()[1] == 0
-            continue
-        settings = config(token_weighting=weighting)
-        GptqQuantize(settings, ids[:1]).run(program.clone())  # libraries take what they keep
-        step = GptqQuantize(settings, ids)
-        with HostPeak() as peak:
-            step.run(program)
-        assert step.plan is not None
-        print(peak.bytes, step.plan.peak, flush=True)
-        sys.exit()
+    GptqQuantize(settings, ids[:1]).run(program.clone())  # libraries take what they keep
+    step = GptqQuantize(settings, ids)
+    with HostPeak() as peak:
+        step.run(program)
+    assert step.plan is not None
+    print(peak.bytes, step.plan.peak)
 
 
 @pytest.mark.slow
-def test_the_planned_peak_is_the_measured_one() -> None:
-    """In processes of their own: a heap that a thousand tests have used takes more than what is asked of it."""
-    code = "from tests.passes.test_memory_plan import measure; measure(36, 'none', 'gradient')"
+@pytest.mark.parametrize(("sequences", "weighting"), [(36, "none"), (36, "gradient")])
+def test_the_planned_peak_is_the_measured_one(sequences: int, weighting: str) -> None:
+    """In a process of its own: a heap that a thousand tests have used takes more than what is asked of it."""
+    code = f"from tests.passes.test_memory_plan import measure; measure({sequences}, {weighting!r})"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    peaks = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(peaks) == 2
-    for measured, planned in peaks:
-        assert measured == pytest.approx(planned, rel=0.15)
+    measured, planned = map(int, done.stdout.split())
+    assert measured == pytest.approx(planned, rel=0.15)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "mixtral", "gpt2"])
