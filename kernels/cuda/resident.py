@@ -3,9 +3,9 @@
 
 Each block holds its stretch of the activations in shared memory and multiplies it by the same stretch of the cluster's
 tiles, which its warps divide among themselves: some tiles each, and every S-th unit of 128 k. Where `stationary` ends
-each tile with a barrier and sums over all warps, nothing is waited for here until all tiles are multiplied. Then every
-warp sends what it has (st.async) to the block that is to store it, whose mbarrier counts bytes: no barrier of the
-cluster, which would wait for all that is under way.
+each tile with a barrier and sums over all warps, nothing is waited for here until all tiles are multiplied. Then the
+warps of a tile add up what they have and send it (st.async) to the block that is to store it, whose mbarrier counts
+bytes: no barrier of the cluster, which would wait for all that is under way.
 
 Codes as subnormal halves and exact sums are those of `stream`. From sm_90 on.
 """
@@ -42,7 +42,8 @@ class Config:
         parts: S, warps that share the units of a block for them.
         splits: C, blocks of a cluster, which share K.
         depth: D, slots of a warp's ring.
-        early: slots, at least one, that are requested before the activations; the others once these are there.
+        early: tiles of the first slot, at least one, that are requested before the activations. Its others follow
+            them, and other slots are requested once they are there.
     """
 
     height: int
@@ -96,8 +97,15 @@ def places_of(shape: Shape, config: Config) -> dict[str, int]:
     results = sums + staged * (UNIT // shape.run) * columns(shape) * 4
     taken = _parts(shape.row_tiles // shape.halves, clusters(shape, config))
     stored = _parts(taken, config.splits) * shape.halves
-    barrier = results + stored * config.splits * config.parts * fragments.TILE_ROWS * columns(shape) * 4
-    return {"RING_AT": ring, "SUMS_AT": sums, "RESULTS_AT": results, "BARRIER_AT": barrier, "END": barrier + 16}
+    barrier = results + stored * config.splits * fragments.TILE_ROWS * columns(shape) * 4
+    end = barrier + 16
+    # Where warps add up: in the ring, if nothing is on its way to it any more.
+    apart = turns(shape, config) > 1 and config.parts > 1
+    size = config.height * columns(shape) // 8 * 512 if apart else config.depth * slot_bytes(shape, config)
+    return {
+        "RING_AT": ring, "SUMS_AT": sums, "RESULTS_AT": results, "BARRIER_AT": barrier, "PIECES_BYTES": size,
+        "PIECES_AT": end if apart else ring, "END": end + (config.warps * size if apart else 0),
+    }  # fmt: skip
 
 
 def shared_bytes(shape: Shape, config: Config) -> int:
@@ -120,7 +128,7 @@ def divisions(shape: Shape, archs: tuple[str, ...]) -> Iterator[Config]:
             for parts in (1, 2, 3, 4):
                 for places in range(1, most // parts + 1):
                     for depth in (3, 2):
-                        config = Config(height, places, parts, splits, depth)
+                        config = Config(height, places, parts, splits, depth, max(height - 1, 1))
                         if shared_bytes(shape, config) <= limit:
                             yield config
 
@@ -128,15 +136,13 @@ def divisions(shape: Shape, archs: tuple[str, ...]) -> Iterator[Config]:
 def ranked(shape: Shape, archs: tuple[str, ...]) -> list[Config]:
     """Returns the divisions that fit, the best first.
 
-    That in which the busiest of the schedulers has least to do, of those the one with most warps. Rings are not deep,
-    or activations would wait for what is under way (benchmarks/RESULTS.md).
+    That in which the busiest of the schedulers has least to do, of those the one with most warps and deepest rings.
     """
-    depth = 3 if shape.rows <= 8 else 2
 
     def cost(config: Config) -> tuple[int, ...]:
         steps = _parts(config.warps, SCHEDULERS) * units(shape, config) * turns(shape, config)
         busiest = steps * (TILE_COST * config.height + STEP_COST)
-        return config.warps < FEWEST_WARPS, busiest, -config.warps, config.parts, abs(config.depth - depth)
+        return config.warps < FEWEST_WARPS, busiest, -config.warps, config.parts, -config.depth
 
     return sorted(divisions(shape, archs), key=cost)
 
@@ -162,7 +168,7 @@ def source(
         "GROUP": grouping.group_size, "GROUPS": grouping.groups, "RUN": shape.run, "TILES": shape.row_tiles,
         "CHUNKS": fragments.chunks(grouping.in_features), "UNITS": shape.units, "TOKENS": columns(shape),
         "R": config.height, "P": config.places, "S": config.parts, "U": units(shape, config), "C": config.splits,
-        "D": config.depth, "EARLY": config.early, "CLUSTERS": clusters(shape, config),
+        "D": config.depth, "EARLY": config.early, "TURNS": turns(shape, config), "CLUSTERS": clusters(shape, config),
         "SLOT": slot_bytes(shape, config), "SETS": tile_source.sets(bits), "ZERO": 1 << (bits - 1),
         "SECOND": tile_source.SECOND_SET, "LOW": 24 - tile_source.exponent(bits, 0),
         "HIGH": 24 - tile_source.exponent(bits, 1),

@@ -29,7 +29,8 @@ BODY = """
 constexpr bool HAS_ZEROS = @HAS_ZEROS@, GATED = @GATED@;
 constexpr int WARPS = P * S, THREADS = WARPS * 32, RUNS = 128 / RUN, STEPS = 8 / RUNS, NT = TOKENS / 8;
 constexpr int HALVES = GATED ? 2 : 1, OUTS = GATED ? N / 2 : N, SUPERS = TILES / HALVES;
-constexpr int PER_BLOCK = (UNITS + C - 1) / C, STAGED = U * S, LINE = TOKENS * 128, SOURCES = C * S;
+constexpr int PER_BLOCK = (UNITS + C - 1) / C, STAGED = U * S, LINE = TOKENS * 128;
+constexpr int PIECES = R * NT, GROUPS_OF_PIECES = (PIECES + S - 1) / S, PER_WARP = PIECES_BYTES / 16;
 constexpr int TILE = BITS * 256, SCALE_AT = R * TILE, ZERO_AT = SCALE_AT + R * RUNS * 32, RESULT = 16 * TOKENS;
 constexpr bool WHOLE = UNITS == C * S * U && CHUNKS % 2 == 0;
 
@@ -59,23 +60,24 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
     const int code = unit * 128 + run * RUN;
     return GROUPS == 1 ? 0 : K % 128 ? min(code / GROUP, GROUPS - 1) : code / GROUP;
   };
-  auto fetch = [&]() {
+  auto fetch = [&](int low, int high) {  // of its tiles those from `low` on
     if (WHOLE || unit < last) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const long long on = (r / HALVES * CLUSTERS + r % HALVES * SUPERS) * PER_TILE;
 #pragma unroll
         for (int at = 0; at < TILE; at += 512)
-          if (next + r < tiles && (TILE % 512 == 0 || at + lane * 16 < TILE) &&
+          if (r >= low && r < high && next + r < tiles && (TILE % 512 == 0 || at + lane * 16 < TILE) &&
               (CHUNKS % 2 == 0 || at + lane * 16 < (CHUNKS - 2 * unit) * (BITS * 128)))
             gq_copy16(to + r * TILE + at, weights + on + at);
       }
-      if (lane < 2 * R * RUNS && next + lane / 2 / RUNS < tiles)
+      if (low == 0 && lane < 2 * R * RUNS && next + lane / 2 / RUNS < tiles)
         gq_copy16(to + SCALE_AT, scales_from + group_of(lane / 2 % RUNS) * 32);
-      if (HAS_ZEROS && lane < R * RUNS && next + lane / RUNS < tiles)
+      if (HAS_ZEROS && low == 0 && lane < R * RUNS && next + lane / RUNS < tiles)
         gq_copy16(to + ZERO_AT, zeros_from + group_of(lane % RUNS) * 16);
     }
     gq_commit();
+    if (high < R) return;
     weights += S * TILE;
     unit += S;
     if (unit >= first + STAGED) {
@@ -92,13 +94,12 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
       to -= D * SLOT;
     }
   };
-#pragma unroll 1
-  for (int i = 0; i < EARLY; ++i) fetch();
+  fetch(0, EARLY);
   unsigned long long* arrived = reinterpret_cast<unsigned long long*>(shared + BARRIER_AT);
   if (threadIdx.x == 0) {
     gq_bar_init(arrived, 1);
     gq_publish_barriers();
-    gq_bar_expect(arrived, (tiles / HALVES - rank + C - 1) / C * HALVES * SOURCES * RESULT * 4);
+    gq_bar_expect(arrived, (tiles / HALVES - rank + C - 1) / C * HALVES * C * RESULT * 4);
   }
   __syncwarp();
   gq_cluster_arrive();
@@ -125,9 +126,10 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
       gq_copy16_or_zero(to + on * (2 * LINE), inside ? from : x, inside);
   }
   gq_commit();
+  if (EARLY < R) fetch(EARLY, R);
   gq_wait<0>();
 #pragma unroll 1
-  for (int i = EARLY; i < D; ++i) fetch();
+  for (int i = 1; i < D; ++i) fetch(0, R);
   __syncthreads();
 
   // Half a unit of weights and activations: what is multiplied next is on its way to registers while this is.
@@ -207,7 +209,7 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
         if (step == 4) {
           gq_wait<D - 2>();
           __syncwarp();
-          fetch();  // into this unit's slot, which every lane has read
+          fetch(0, R);  // into this unit's slot, which every lane has read
           load(ring + use * SLOT, y + 1 == U ? 0 : y + 1, 0);
         }
 #pragma unroll
@@ -248,16 +250,47 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
       }
     }
     if (begin == 0) gq_cluster_wait();  // every block has made its barrier
-    // To the block that stores a tile: [tile][source][t][lane][4], in units of 2^-LOW and 2^-HIGH.
-    float* own = results + (rank * S + part) * RESULT + lane * 4;
+    // Of what the S warps of a place have, each adds up every S-th piece: one r and t, four floats a lane.
+    float4* left = reinterpret_cast<float4*>(shared + PIECES_AT) + lane;
+    auto piece_of = [&](int group, int which, float* v) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int number = begin + place * R + r, super = number / HALVES;
-      if (number >= tiles) continue;
-      float* to = own + (super / C * HALVES + number % HALVES) * (SOURCES * RESULT);
+      for (int other = 0; other < S; ++other) {
+        const int piece = min(group * S + other, PIECES - 1);
 #pragma unroll
-      for (int t = 0; t < NT; ++t) gq_send4(to + t * 128, arrived, super % C, total[r][t]);
+        for (int i = 0; i < 4; ++i)
+          if (other == 0 || other == which) v[i] = total[piece / NT][piece % NT][i];
+      }
+    };
+    if (S > 1) {
+      __syncwarp();
+#pragma unroll
+      for (int group = 0; group < GROUPS_OF_PIECES; ++group)
+#pragma unroll
+        for (int i = 1; i < S; ++i) {
+          const int which = (part + i) % S;
+          float v[4];
+          piece_of(group, which, v);
+          if (PIECES % S == 0 || group * S + which < PIECES)
+            left[warp * PER_WARP + (group * S + which) * 32] = make_float4(v[0], v[1], v[2], v[3]);
+        }
+      gq_barrier(1 + place, 32 * S);
     }
+    // To the block that stores a tile: [tile][block][t][lane][4], in units of 2^-LOW and 2^-HIGH.
+#pragma unroll
+    for (int group = 0; group < GROUPS_OF_PIECES; ++group) {
+      const int piece = group * S + part, number = begin + place * R + piece / NT, super = number / HALVES;
+      if ((PIECES % S && piece >= PIECES) || number >= tiles) continue;
+      float v[4];
+      piece_of(group, part, v);
+#pragma unroll
+      for (int i = 1; i < S; ++i) {
+        const float4 more = left[(place * S + (part + i) % S) * PER_WARP + piece * 32];
+        v[0] += more.x; v[1] += more.y; v[2] += more.z; v[3] += more.w;
+      }
+      float* to = results + ((super / C * HALVES + number % HALVES) * C + rank) * RESULT;
+      gq_send4(to + piece % NT * 128 + lane * 4, arrived, super % C, v);
+    }
+    if (S > 1 && TURNS > 1) gq_barrier(1 + place, 32 * S);
   }
   gq_wait<0>();
   gq_bar_wait_cluster(arrived, 0);
@@ -266,13 +299,13 @@ __device__ __forceinline__ void run(const half* __restrict__ x, const unsigned* 
   for (int j = threadIdx.x; ; j += THREADS) {
     const int at = j / EACH, super = at * C + rank, from = j % 64 / 2;
     if (super * HALVES >= tiles) break;
-    const float* p = results + at * HALVES * SOURCES * RESULT + j % EACH * 2;
+    const float* p = results + at * HALVES * C * RESULT + j % EACH * 2;
     float pairs[HALVES][2] = {};
 #pragma unroll
     for (int half_of = 0; half_of < HALVES; ++half_of)
 #pragma unroll
-      for (int s = 0; s < SOURCES; ++s) {
-        const float2 two = *reinterpret_cast<const float2*>(p + (half_of * SOURCES + s) * RESULT);
+      for (int block = 0; block < C; ++block) {
+        const float2 two = *reinterpret_cast<const float2*>(p + (half_of * C + block) * RESULT);
         pairs[half_of][0] += two.x;
         pairs[half_of][1] += two.y;
       }

@@ -302,6 +302,7 @@ static void gq_matrices_turned(unsigned* d, const void* row) { emu_matrices(d, r
 // What wgmma_source.HOPPER says in assembly. Products are made at once.
 #define GQ_HOPPER
 struct __attribute__((aligned(16))) float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static float __fdividef(float a, float b) { return a / b; }
 struct emu_bar { uint16_t expected, pending; uint32_t phase; };
 static uint64_t gq_shared(const void* p) { return uintptr_t(p); }

@@ -7,7 +7,6 @@
 struct __attribute__((aligned(8))) half4 { half x, y, z, w; };
 static half4 make_half4(half x, half y, half z, half w) { return {x, y, z, w}; }
 static half2 make_half2(half x, half y) { return {x, y}; }
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static half __float2half_rn(float v) { return half(v); }
 static unsigned __pack_half2(half a, half b) {
   uint16_t bits[2];

@@ -122,10 +122,11 @@ def test_barriers_passed_a_tile_later_match_float64(
 
 
 # bits, group, K, N, rows; odd N, K that ends within a chunk of codes or leaves blocks without units, one and several
-# turns, groups of 32 to 256 and one a row.
+# turns, one and several warps of a tile, groups of 32 to 256 and one a row.
 RESIDENT = [
     ((4, 128, 768, 90, 16), resident.Config(3, 2, 1, 2, 2), "", HOPPER),
     ((4, 128, 776, 90, 13), resident.Config(1, 2, 2, 2, 3), "", ALONE),
+    ((4, 128, 1032, 90, 16), resident.Config(3, 1, 2, 2, 3, 2), "", ALONE),
     ((4, 64, 968, 128, 8), resident.Config(2, 1, 2, 2, 2), "silu", ALONE),
     ((3, 32, 608, 71, 9), resident.Config(2, 2, 1, 2, 2), "", ALONE),
     ((2, 256, 1032, 96, 16), resident.Config(2, 1, 3, 2, 3, 2), "silu", HOPPER),
