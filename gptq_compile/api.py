@@ -229,7 +229,9 @@ def _compile(options: CompileOptions, progress: Recorder, dry_run: bool, work: W
                 again = work.claimed(options.dequantized)
                 StagedFolder(options.dequantized, overwrite=is_model if again else None).check()
                 work.claim(options.dequantized)
-                weights = dequantized_weights(program, getattr(torch, dtype))
+                # Other formats keep what is not quantized as it came.
+                kept = getattr(torch, dtype) if options.format == "artifact" else torch.float32
+                weights = dequantized_weights(program, kept)
                 write_dequantized(source, weights, options.dequantized, overwrite=again)
         if options.format == "onnx":
             from gptq_compile.onnx.export import write_onnx

@@ -103,6 +103,22 @@ def test_conv1d_is_stored_as_its_codes(write: Write, save_model: Any, tmp_path: 
     assert torch.equal(source.params.get(f"{name}.weight"), wanted[f"{name}.weight"])
 
 
+def test_what_is_not_quantized_is_dequantized_as_it_came(tiny_model: Path, tmp_path: Path) -> None:
+    """Only an artifact computes in its target's half precision; a checkpoint's other tensors are the model's."""
+    quantize = QuantizeConfig(method="rtn", sym=True, group_size=16)
+    dequantized = tmp_path / "dequantized"
+    compile_model(
+        CompileOptions(
+            str(tiny_model), tmp_path / "out", format="gptq", target="cuda:sm_90", quantize=quantize, validate=False,
+            dequantized=dequantized,
+        )
+    )  # fmt: skip
+    name = "model.embed_tokens.weight"
+    came = load_source(str(tiny_model)).params.get(name)
+    assert not torch.equal(came, came.half().float())
+    assert torch.equal(load_tensors(dequantized)[name], came)
+
+
 def test_linears_outside_the_blocks_stay_float(write: Write, tmp_path: Path, save_model: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
