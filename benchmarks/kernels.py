@@ -165,7 +165,7 @@ def build(arguments: argparse.Namespace) -> None:
                         func = stationary_linear.build(case, target, config)
                         label = "_".join(str(getattr(config, f.name)) for f in dataclasses.fields(config))
                         add({**entry, "kernel": f"stationary {label}"}, func, f"stat_{name}_{bits}_{rows}_{label}")
-                if "resident" in arguments.tune and rows <= resident.MAX_ROWS:
+                if "resident" in arguments.tune and rows <= stationary.MAX_ROWS:
                     dependent = dataclasses.replace(shape, dependent=True)
                     for config in resident.ranked(dependent, target.archs)[:8]:
                         func = resident_linear.build(case, target, config)

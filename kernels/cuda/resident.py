@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import resident_body, stream, stream_input, tile_source
+from gptq_compile.kernels.cuda import resident_body, stream, tile_source
 from gptq_compile.kernels.cuda.stream import UNIT, Shape
 
-MAX_ROWS = 16
 AT_ONCE = {8: 15}
 """Blocks of a cluster -> clusters that an H200 runs at once, one block a multiprocessor (as CUDA reports them)."""
 MOST_WARPS = {3: 12, 2: 16, 1: 16}
@@ -177,20 +176,10 @@ def source(
     text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
     both = "gate += __half2float(bias[row]); v += __half2float(bias[OUTS + row]);"
     values = {
+        **stream.common_values(shape, has_bias, has_residual, out_type),
         "@OPERAND@": resident_body.OPERAND_NATURAL if natural else resident_body.OPERAND,
-        "@HAS_ZEROS@": str(shape.has_zeros).lower(),
-        "@ZEROS@": "const unsigned char* __restrict__ zeros, " if shape.has_zeros else "",
-        "@ZEROS_POINTER@": "zeros" if shape.has_zeros else "nullptr",
-        "@BIAS@": "const half* __restrict__ bias, " if has_bias else "",
         "@ADD_BIAS@": (both if shape.act else "v += __half2float(bias[row]);") if has_bias else "",
-        "@RESIDUAL@": "const float* __restrict__ residual, " if has_residual else "",
         "@ADD_RESIDUAL@": "v += residual[(long long)token * OUTS + row];" if has_residual else "",
-        "@GATED@": str(bool(shape.act)).lower(),
-        "@ACT@": stream_input.ACTIVATIONS[shape.act] if shape.act else "v",
-        "@OUT@": out_type,
-        "@LET_NEXT_START@": "gq_let_next_start();" if shape.dependent else "",
-        "@WAIT_FOR_PREVIOUS@": "gq_wait_for_previous();" if shape.dependent else "",
-        "@FRAGMENTS@": f"gq_fragments{bits}",
     }
     body = resident_body.BODY
     for key, value in values.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptq_compile.kernels.cuda import launch, resident, stationary, tile_linear
+from gptq_compile.kernels.cuda import launch, resident, stationary_linear, tile_linear
 from gptq_compile.kernels.layouts import NATURAL_TILES, layout_for
 from gptq_compile.kernels.registry import Case, Refusal
 from gptq_compile.kernels.script import Function, script
@@ -13,16 +13,8 @@ from gptq_compile.kernels.target import Target
 
 
 def accepts(case: Case, target: Target) -> Refusal | None:
-    """Refuses other layouts and types, few, many or symbolic rows, activations to be made, and older GPUs."""
-    refusal = tile_linear.accepts_half(case, target)
-    if refusal is not None:
-        return refusal
-    if case.rows is None or case.rows > resident.MAX_ROWS:
-        return Refusal(f"is for 1 to {resident.MAX_ROWS} rows known at compile time, not {case.rows or 'symbolic'}")
-    few = stationary.rows_of_stream(case["in_features"], case["bits"])
-    if case.rows <= few:
-        return Refusal(f"is slower than stream up to {few} rows of {case['in_features']}")
-    refusal = tile_linear.refuse_made(case)
+    """Refuses what `stationary` does for its rows, older GPUs, and what a cluster cannot hold."""
+    refusal = stationary_linear.accepts_some_rows(case, target)
     if refusal is not None:
         return refusal
     if not launch.supported(target):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_compile.kernels import fragments
-from gptq_compile.kernels.cuda import stationary_body, stream, stream_input, tile_source
+from gptq_compile.kernels.cuda import stationary_body, stream, tile_source
 from gptq_compile.kernels.cuda.stream import Shape
 
 MAX_ROWS = 16
@@ -143,26 +143,16 @@ def source(
     text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
     both = "gate += __half2float(bias[row]); r += __half2float(bias[OUTS + row]);"
     values = {
+        **stream.common_values(shape, has_bias, has_residual, out_type),
         "@TAKE@": stationary_body.TAKE_NATURAL if natural else stationary_body.TAKE,
         "@LINES@": str(natural).lower(),
         "@MAKE_BARRIER@": stationary_body.MAKE_BARRIER if config.later else "",
         "@BARRIER_MADE@": "__syncthreads();" if config.later else "",
         "@REACH_BARRIER@": stationary_body.REACH_BARRIER if config.later else "__syncthreads();",
         "@PASS_BARRIER@": stationary_body.PASS_BARRIER if config.later else "",
-        "@HAS_ZEROS@": str(shape.has_zeros).lower(),
-        "@ZEROS@": "const unsigned char* __restrict__ zeros, " if shape.has_zeros else "",
-        "@ZEROS_POINTER@": "zeros" if shape.has_zeros else "nullptr",
-        "@BIAS@": "const half* __restrict__ bias, " if has_bias else "",
         "@ADD_BIAS@": "r += __half2float(bias[row]);" if has_bias else "",
         "@ADD_BIAS_PAIR@": both if has_bias else "",
-        "@RESIDUAL@": "const float* __restrict__ residual, " if has_residual else "",
         "@ADD_RESIDUAL_NEXT@": "added_next[n] = residual[(long long)m_out * OUTS + row];" if has_residual else "",
-        "@GATED@": str(bool(shape.act)).lower(),
-        "@ACT@": stream_input.ACTIVATIONS[shape.act] if shape.act else "v",
-        "@OUT@": out_type,
-        "@LET_NEXT_START@": "gq_let_next_start();" if shape.dependent else "",
-        "@WAIT_FOR_PREVIOUS@": "gq_wait_for_previous();" if shape.dependent else "",
-        "@FRAGMENTS@": f"gq_fragments{bits}",
     }
     body = stationary_body.BODY
     for key, value in values.items():

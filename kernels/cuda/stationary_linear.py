@@ -12,8 +12,8 @@ from gptq_compile.kernels.script import Function, script
 from gptq_compile.kernels.target import Target
 
 
-def accepts(case: Case, target: Target) -> Refusal | None:
-    """Refuses other layouts and types, many or symbolic rows, activations to be made, and long K."""
+def accepts_some_rows(case: Case, target: Target) -> Refusal | None:
+    """Refuses other layouts and types, few, many or symbolic rows, and activations to be made."""
     refusal = tile_linear.accepts_half(case, target)
     if refusal is not None:
         return refusal
@@ -22,7 +22,12 @@ def accepts(case: Case, target: Target) -> Refusal | None:
     few = stationary.rows_of_stream(case["in_features"], case["bits"])
     if case.rows <= few:
         return Refusal(f"is slower than stream up to {few} rows of {case['in_features']}")
-    refusal = tile_linear.refuse_made(case)
+    return tile_linear.refuse_made(case)
+
+
+def accepts(case: Case, target: Target) -> Refusal | None:
+    """Refuses what `accepts_some_rows` does, and long K."""
+    refusal = accepts_some_rows(case, target)
     if refusal is not None:
         return refusal
     shape = tile_linear.shape_of(case)

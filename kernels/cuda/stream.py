@@ -265,6 +265,23 @@ def _for_halves(shape: Shape, each: int) -> tuple[int, int, int]:
     return tiles, height, units
 
 
+def common_values(shape: Shape, has_bias: bool, has_residual: bool, out_type: str) -> dict[str, str]:
+    """Returns what stands between @ signs alike in the texts of kernels over tiles for some rows, and its values."""
+    return {
+        "@HAS_ZEROS@": str(shape.has_zeros).lower(),
+        "@ZEROS@": "const unsigned char* __restrict__ zeros, " if shape.has_zeros else "",
+        "@ZEROS_POINTER@": "zeros" if shape.has_zeros else "nullptr",
+        "@BIAS@": "const half* __restrict__ bias, " if has_bias else "",
+        "@RESIDUAL@": "const float* __restrict__ residual, " if has_residual else "",
+        "@GATED@": str(bool(shape.act)).lower(),
+        "@ACT@": stream_input.ACTIVATIONS[shape.act] if shape.act else "v",
+        "@OUT@": out_type,
+        "@LET_NEXT_START@": "gq_let_next_start();" if shape.dependent else "",
+        "@WAIT_FOR_PREVIOUS@": "gq_wait_for_previous();" if shape.dependent else "",
+        "@FRAGMENTS@": f"gq_fragments{shape.grouping.bits}",
+    }
+
+
 def source(
     name: str,
     shape: Shape,
@@ -296,9 +313,6 @@ def source(
         "BIT_LOW": tile_source.exponent(bits, 0), "BIT_HIGH": tile_source.exponent(bits, 1),
     }  # fmt: skip
     text = "\n".join(f"constexpr int {key} = {value};" for key, value in constants.items())
-    zeros = "const unsigned char* __restrict__ zeros, " if shape.has_zeros else ""
-    bias = "const half* __restrict__ bias, " if has_bias else ""
-    residual = "const float* __restrict__ residual, " if has_residual else ""
     parameters = shape.made.parameters
     both = "gate += __half2float(bias[row]); v += __half2float(bias[OUTS + row]);"
     folded = uses_digits(shape) and stream_input.may_fold(shape.made)
@@ -317,23 +331,14 @@ def source(
         .replace("@FOLDED@", str(folded).lower())
         .replace("@SOURCE@", "".join(f"const {kind}* __restrict__ {key}, " for key, kind in parameters))
         .replace("@ARGUMENTS@", ", ".join(key for key, _ in parameters))
-        .replace("@RESIDUAL@", residual)
         .replace("@ADD_RESIDUAL@", "v += residual[(long long)m * N + row];" if has_residual else "")
         .replace("@DEPENDENT@", str(shape.dependent).lower())
-        .replace("@LET_NEXT_START@", "gq_let_next_start();" if shape.dependent else "")
-        .replace("@WAIT_FOR_PREVIOUS@", "gq_wait_for_previous();" if shape.dependent else "")
-        .replace("@ZEROS@", zeros)
-        .replace("@BIAS@", bias)
-        .replace("@OUT@", out_type)
         .replace("@ADD_BIAS@", "v += __half2float(bias[row]);" if has_bias else "")
         .replace("@ADD_BIAS_PAIR@", both if has_bias else "")
-        .replace("@GATED@", str(bool(shape.act)).lower())
-        .replace("@GATE@", stream_input.ACTIVATIONS[shape.act] if shape.act else "v")
-        .replace("@FRAGMENTS@", f"gq_fragments{bits}")
         .replace("@BYTES@", f"gq_bytes{bits}")
-        .replace("@HAS_ZEROS@", "true" if shape.has_zeros else "false")
-        .replace("@ZEROS_POINTER@", "zeros" if shape.has_zeros else "nullptr")
     )
+    for key, value in common_values(shape, has_bias, has_residual, out_type).items():
+        body = body.replace(key, value)
     head = tile_source.PTX + tile_source.COMMON
     head += tile_source.bytes_of(bits) if uses_digits(shape) else tile_source.fragments(bits)
     head += tile_source.LAUNCH if shape.dependent else ""

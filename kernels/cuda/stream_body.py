@@ -19,7 +19,7 @@ constexpr int PARTIAL_AT = SCRATCH_AT + SCRATCH;
 __device__ __forceinline__ int piece(int i) { return (i / SIDE * THREADS + int(threadIdx.x)) * SIDE + i % SIDE; }
 @INPUT@
 @STAGE@
-__device__ __forceinline__ float activated(float v) { return @GATE@; }
+__device__ __forceinline__ float activated(float v) { return @ACT@; }
 
 // The r-th of the tiles that a warp multiplies side by side: neighbours, or that of gates and that of their factors.
 __device__ __forceinline__ long long tile_of(int super, int r) {
